@@ -1,0 +1,64 @@
+"""loratool: everything that happens to a LoRA adapter after training.
+
+The nouns that plugins need are here; the verbs load their machinery when they are first used, so that importing
+loratool loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from loratool.adapter import Adapter, Finding, LowRank, Origin, Target
+from loratool.architecture import Architecture, Conv1D, Conv2d, Embedding, Linear, Match
+from loratool.errors import LoratoolError
+from loratool.hookspecs import Format, Written, hookimpl
+from loratool.plan import JsonFile, Report, TensorFile
+from loratool.tensors import TensorRef, TensorSource
+
+if TYPE_CHECKING:
+    from loratool.api import compare, convert, extract, inspect, merge, resize
+
+__all__ = [
+    "Adapter",
+    "Architecture",
+    "Conv1D",
+    "Conv2d",
+    "Embedding",
+    "Finding",
+    "Format",
+    "JsonFile",
+    "Linear",
+    "LoratoolError",
+    "LowRank",
+    "Match",
+    "Origin",
+    "Report",
+    "Target",
+    "TensorFile",
+    "TensorRef",
+    "TensorSource",
+    "Written",
+    "__version__",
+    "compare",
+    "convert",
+    "extract",
+    "hookimpl",
+    "inspect",
+    "merge",
+    "resize",
+]
+
+__version__ = "0.1.0"
+
+_VERBS = ("compare", "convert", "extract", "inspect", "merge", "resize")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        return getattr(import_module("loratool.api"), name)
+    raise AttributeError(f"module 'loratool' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

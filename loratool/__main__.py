@@ -1,0 +1,5 @@
+"""`python -m loratool`."""
+
+from loratool.cli.main import main
+
+main()

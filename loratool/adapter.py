@@ -1,0 +1,181 @@
+"""Adapters: what every format is read into and written from.
+
+An adapter maps targets (weights of the base, by canonical path) to deltas (updates of those weights). The tensors in
+it are references; nothing is loaded. Factors keep the orientation of the paper (Hu et al. 2021, arXiv 2106.09685):
+`down` (A) is (rank, in), `up` (B) is (out, rank), and the update of an (out, in) weight is `scaling * up @ down`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import NamedTuple, TypeAlias
+
+from loratool.errors import MismatchError
+from loratool.patterns import natural, selects
+from loratool.tensors import TensorRef
+
+
+class Target(NamedTuple):
+    """What one delta updates: canonical module paths whose output rows it covers, in that order (almost always one)."""
+
+    component: str
+    parts: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """The module path, for messages and sorting."""
+        return "+".join(self.parts)
+
+    def __str__(self) -> str:
+        return f"{self.component}:{self.path}" if self.component else self.path
+
+    @property
+    def sort_key(self) -> tuple[str, tuple[tuple[int, int, str], ...]]:
+        """Component, then path, with layer 2 before layer 10."""
+        return self.component, natural(self.path)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A plain LoRA delta: `scaling * up @ down`.
+
+    Linear, Conv1D and embedding: down (rank, in), up (out, rank).
+    Convolution: down (rank, in, *kernel), up (out, rank, 1, ...); the update is up.flatten(1) @ down.flatten(1).
+    """
+
+    down: TensorRef
+    up: TensorRef
+    scaling: float
+
+    kind = "lora"
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension, from the shape of down."""
+        return self.down.shape[0]
+
+    @property
+    def alpha(self) -> float:
+        """The alpha that makes `alpha / rank` this scaling, without the noise of a division undone."""
+        alpha = self.scaling * self.rank
+        tidy = float(f"{alpha:.12g}")
+        return tidy if self.rank and tidy / self.rank == self.scaling else alpha
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in x kernel) of the update as a matrix."""
+        return self.up.shape[0], prod(self.down.shape[1:])
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """The tensors of this delta."""
+        return self.down, self.up
+
+    def weight_shape(self, *, transposed: bool) -> tuple[int, ...]:
+        """Return the shape of the stored weight that this delta fits, kernels included."""
+        shape = (self.up.shape[0], *self.down.shape[1:])
+        return shape[::-1] if transposed else shape
+
+
+Delta: TypeAlias = LowRank
+
+
+class Finding(NamedTuple):
+    """Something a person should know: `error` findings stop every command but inspect."""
+
+    level: str  # error | warning | info
+    where: str
+    what: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How the adapter was spelled where it came from, so that writing the same format spells it the same way."""
+
+    format: str
+    path: str
+    modules: Mapping[Target, str] = field(default_factory=dict)  # target -> the module's name in the file
+    config: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter: targets and their deltas, and what else the files held.
+
+    `families` are the architectures that explain every name. `base_copies` are untouched base weights that were saved
+    along (PEFT does so for embeddings). `names` are all tensors of the files, `consumed` those that were read for
+    their value (alphas). `findings` is everything that reading noticed.
+    """
+
+    deltas: Mapping[Target, tuple[Delta, ...]]
+    origin: Origin
+    families: tuple[str, ...] = ()
+    base_copies: Mapping[Target, TensorRef] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    consumed: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    base_model: str = ""
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def targets(self) -> list[Target]:
+        """The targets in natural order."""
+        return sorted(self.deltas, key=lambda t: t.sort_key)
+
+    @property
+    def open_names(self) -> list[str]:
+        """The tensors of the files that nothing accounts for. Reading leaves none; a format that does is at fault."""
+        known = {ref.name for deltas in self.deltas.values() for delta in deltas for ref in delta.refs}
+        known |= {ref.name for ref in self.base_copies.values()} | set(self.consumed)
+        return [name for name in self.names if name not in known]
+
+    def require_sound(self) -> Adapter:
+        """Return self, or raise MismatchError that lists every error finding."""
+        errors = [f for f in self.findings if f.level == "error"]
+        if errors:
+            lines = [f"{f.where}: {f.what}" for f in errors[:12]]
+            if len(errors) > 12:
+                lines.append(f"... and {len(errors) - 12} more (loratool inspect lists them all)")
+            raise MismatchError(
+                "\n  ".join([f"{len(errors)} part{'s' * (len(errors) > 1)} of this adapter cannot be used", *lines]),
+                where=self.origin.path,
+                hint=next((f.hint for f in errors if f.hint), ""),
+            )
+        if self.open_names:
+            raise MismatchError(
+                f"the {self.origin.format} format does not account for {', '.join(self.open_names[:5])}",
+                where=self.origin.path,
+            )
+        return self
+
+    def selected(self, target: Iterable[str] = (), exclude: Iterable[str] = ()) -> tuple[Adapter, list[Target]]:
+        """Return this adapter less what the user's globs leave out, and the targets left out."""
+        target, exclude = tuple(target), tuple(exclude)
+        used = dict.fromkeys((*target, *exclude), False)
+
+        def hit(pattern: str, t: Target) -> bool:
+            matched = any(selects(pattern, part, t.component) for part in t.parts)
+            used[pattern] |= matched
+            return matched
+
+        kept: dict[Target, tuple[Delta, ...]] = {}
+        for t, deltas in self.deltas.items():
+            wanted = [hit(p, t) for p in target]
+            unwanted = [hit(p, t) for p in exclude]
+            if (any(wanted) or not target) and not any(unwanted):
+                kept[t] = deltas
+        dead = [p for p, matched in used.items() if not matched]
+        if dead or not kept:
+            raise MismatchError(
+                f"no module matches {' or '.join(map(repr, dead))}" if dead else "no module is left to work on",
+                where=self.origin.path,
+                hint="loratool inspect lists the modules; patterns match whole names or their ends",
+            )
+        left_out = [t for t in self.targets if t not in kept]
+        skipped = [ref.name for t in left_out for delta in self.deltas[t] for ref in delta.refs]
+        skipped += [ref.name for t, ref in self.base_copies.items() if t in left_out]
+        copies = {t: ref for t, ref in self.base_copies.items() if t in kept}
+        return replace(self, deltas=kept, base_copies=copies, consumed=(*self.consumed, *skipped)), left_out

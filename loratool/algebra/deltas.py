@@ -1,0 +1,28 @@
+"""Deltas as matrices: from loaded factors of any kind to up (out, r) and down (r, in x kernel), and back."""
+
+from __future__ import annotations
+
+import torch
+
+
+def as_matrices(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (up (out, r), down (r, in x kernel)) in fp32 of linear or convolution factors.
+
+    For a convolution, up.flatten(1) @ down.flatten(1) is the update of weight.flatten(1) exactly: a kernel-sized
+    convolution followed by a 1x1 one (Cui et al., LoCon; PEFT's Conv layers).
+    """
+    return up.flatten(1).float(), down.flatten(1).float()
+
+
+def as_factors(
+    up: torch.Tensor, down: torch.Tensor, down_shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return matrices in the shapes of a layer's factors: down (r, *down_shape[1:]), up (out, r, 1, ...)."""
+    rank = down.shape[0]
+    ones = (1,) * (len(down_shape) - 2)
+    return up.to(dtype).reshape(-1, rank, *ones), down.to(dtype).reshape(rank, *down_shape[1:])
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite. The sum is one pass; only a suspicious sum is looked into."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -1,0 +1,93 @@
+"""The `loratool` group: commands are imported when they are used, plugins when a command may be theirs.
+
+Every error leaves here, as one message and an exit code (loratool.errors); a traceback only under --debug or for a
+bug, and then to a file.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import traceback
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from loratool import __version__
+from loratool.cli import options, render
+from loratool.errors import LoratoolError, StorageError
+
+COMMANDS = ("inspect", "merge", "extract", "resize", "convert", "compare", "arch", "formats", "plugins", "demo")
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in loratool.cli.<name>, plus those that plugins register."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Built-in commands in the order of a newcomer's day, then the plugins'."""
+        _plugin_commands(self)
+        return [*COMMANDS, *sorted(set(self.commands) - set(COMMANDS))]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command."""
+        if name in COMMANDS:
+            command: click.Command = import_module(f"loratool.cli.{name}").command
+            return command
+        _plugin_commands(self)
+        return super().get_command(ctx, name)
+
+
+def _plugin_commands(group: click.Group) -> None:
+    from loratool.plugins import installed
+
+    if not getattr(group, "asked_plugins", False):
+        group.asked_plugins = True  # type: ignore[attr-defined]
+        installed().manager.hook.register_commands(cli=group)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with `loratool demo`, or `loratool inspect ADAPTER`.",
+)
+@click.version_option(__version__, prog_name="loratool")
+@options.plugin
+def cli(**_: Any) -> None:
+    """Everything that happens to a LoRA adapter after training: exact, in bounded memory, nothing lost silently."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(_run(arguments, debug="--debug" in arguments))
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    try:
+        result = cli.main(arguments, prog_name="loratool", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except LoratoolError as error:
+        if debug:
+            traceback.print_exc()
+        return render.error(error)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        render.interrupted()
+        return 130
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        return render.error(StorageError(error.strerror or str(error), where=error.filename or ""))
+    except Exception:  # the one place where a traceback is right: this is our bug
+        if debug:
+            traceback.print_exc()
+        with tempfile.NamedTemporaryFile("w", prefix="loratool-bug-", suffix=".txt", delete=False) as file:
+            file.write(f"loratool {__version__}: {' '.join(arguments)}\n{traceback.format_exc()}")
+        return render.bug(file.name)

@@ -1,0 +1,98 @@
+"""`loratool merge`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratool.cli import options
+from loratool.errors import UsageError
+from loratool.plan import Report
+from loratool.storage import checkpoint
+
+EXAMPLES = """
+\b
+Examples:
+  loratool merge base my-adapter -o merged
+  loratool merge my-adapter -o merged                (the base that the adapter names)
+  loratool merge base style:0.7 subject -o merged
+"""
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("sources", nargs=-1, required=True, metavar="[BASE] ADAPTER...")
+@click.option("-w", "--weight", type=float, multiple=True, metavar="W", help="One for each adapter; or ADAPTER:W.")
+@options.writing
+@options.dtype("keep")
+@options.selecting
+@click.option("--allow-noop", is_flag=True, help="Write the model even where the adapters change nothing.")
+@options.reading
+@options.running
+def command(sources: tuple[str, ...], weight: tuple[float, ...], **settings: Any) -> Report:
+    """Merge adapters into the weights of a base model, streaming: any size, in bounded memory.
+
+    Every touched weight is W + sum of weight * scaling * up @ down, in fp32, rounded once. Everything else is copied
+    byte for byte, with config, tokenizer and licence.
+    """
+    from loratool import api
+
+    base, adapters, weights = _understand(sources, weight, settings["out"], settings)
+    return api.merge(base, adapters, weights=weights, **settings)
+
+
+def _understand(
+    sources: tuple[str, ...], given: tuple[float, ...], out: str, settings: dict[str, Any]
+) -> tuple[str, list[str], list[float]]:
+    """Tell base and adapters apart; a base that is not given is the one that the adapter names."""
+    parts = [options.split_weight(s) for s in sources]
+    paths = [path for path, _ in parts]
+    adapters = [_is_adapter(p) for p in paths]
+    if len(paths) == 1 and not adapters[0]:
+        raise UsageError(
+            f"{paths[0]} is a base model: which adapter?", hint=f"loratool merge {paths[0]} ADAPTER -o {out}"
+        )
+    if len(paths) > 1 and adapters[0] and not all(adapters):
+        base = paths[adapters.index(False)]
+        others = " ".join(s for s, p in zip(sources, paths, strict=True) if p != base)
+        raise UsageError("the base comes first", hint=f"loratool merge {base} {others} -o {out}")
+    if len(paths) > 1 and all(adapters):
+        raise UsageError(
+            "all of these are adapters, and merge puts adapters into a base model",
+            hint=f"loratool merge BASE {' '.join(sources)} -o {out}",
+        )
+    if adapters[0]:
+        paths.insert(0, _named_base(paths[0], settings))
+        parts.insert(0, (paths[0], None))
+    elif parts[0][1] is not None:
+        raise UsageError("a base has no weight", where=sources[0])
+    inline = [weight for _, weight in parts[1:]]
+    if given and any(w is not None for w in inline):
+        raise UsageError("give weights by -w or by ADAPTER:W, not both")
+    return paths[0], paths[1:], list(given) or [1.0 if w is None else w for w in inline]
+
+
+def _is_adapter(path: str) -> bool:
+    """Whether a source is an adapter rather than a model."""
+    from loratool.plugins import installed
+
+    if checkpoint.is_adapter_folder(path):
+        return True
+    if not path.endswith((".safetensors", ".bin")):
+        return False
+    source = checkpoint.open_adapter(path, allow_pickle=True) if path.endswith(".safetensors") else None
+    return source is None or any(f.detect(source) for f in installed().formats())
+
+
+def _named_base(adapter: str, settings: dict[str, Any]) -> str:
+    from loratool import api
+
+    names = ("arch", "format", "alpha", "allow_pickle")
+    named = api.open_adapter(adapter, **{n: settings[n] for n in names}).base_model
+    if not named or not checkpoint.exists(named):
+        what = f"names {named!r}, which is not here" if named else "names no base model"
+        raise UsageError(
+            f"the adapter {what}", where=adapter, hint=f"loratool merge BASE {adapter} -o {settings['out']}"
+        )
+    click.echo(f"base: {named} (named by the adapter)", err=True)
+    return named

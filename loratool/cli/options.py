@@ -1,0 +1,132 @@
+"""Options that mean the same in every verb, and the words of the command line: `-w`, `adapter:0.7`, sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loratool.dtypes import OUTPUT_DTYPES
+from loratool.engine import Resources
+from loratool.storage import checkpoint
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _add_plugins(context: click.Context, parameter: click.Parameter, files: tuple[str, ...]) -> None:
+    if files:
+        from loratool.plugins import installed
+
+        for file in files:
+            installed().add_file(Path(file))
+
+
+plugin = click.option(
+    "-p",
+    "--plugin",
+    multiple=True,
+    metavar="FILE",
+    expose_value=False,
+    is_eager=True,
+    callback=_add_plugins,
+    help="Register a Python file as a plugin, for this call.",
+)
+out = click.option(
+    "-o", "--out", required=True, metavar="PATH", help="Where to write: a folder, or a .safetensors file."
+)
+force = click.option("--force", is_flag=True, help="Replace an existing output, in one atomic step.")
+dry_run = click.option("-n", "--dry-run", is_flag=True, help="Plan everything, write nothing.")
+arch = click.option("--arch", default="", metavar="NAME", help="The model family, instead of detecting it.")
+format_ = click.option("--format", default="", metavar="NAME", help="The input's format, instead of detecting it.")
+alpha = click.option("--alpha", type=float, help="The alpha of an adapter whose config is lost.")
+allow_pickle = click.option(
+    "--allow-pickle", is_flag=True, help="Open .bin files (weights_only); pickles can be hostile."
+)
+to = click.option("--to", metavar="FORMAT", default="peft", show_default=True, help="The format to write.")
+target = click.option(
+    "--target", multiple=True, metavar="PATTERN", help="Only these modules: q_proj, layers.{i}.mlp.**, unet:** ..."
+)
+exclude = click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these modules.")
+device = click.option(
+    "--device", default="auto", show_default=True, metavar="cpu|cuda[:N]|auto", help="Where to compute."
+)
+workers = click.option(
+    "--workers", type=click.IntRange(0), default=0, metavar="N", help="Threads; default: one a core."
+)
+
+
+def dtype(default: str) -> Decorator:
+    """`--dtype`, with the verb's default."""
+    choices = click.Choice(("keep", *OUTPUT_DTYPES))
+    return click.option("--dtype", type=choices, default=default, show_default=True, help="The output's dtype.")
+
+
+def stack(*decorators: Decorator) -> Decorator:
+    """Apply options in the order that the help shows them."""
+
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+reading = stack(arch, format_, alpha, allow_pickle)
+selecting = stack(target, exclude)
+writing = stack(out, force, dry_run)
+
+
+def _size(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", value, re.IGNORECASE)
+    if not match:
+        raise click.BadParameter("a size such as 500MB or 2GB")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+memory = click.option(
+    "--max-memory",
+    "memory",
+    default="2GB",
+    show_default=True,
+    metavar="SIZE",
+    callback=_size,
+    help="For work in flight.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+_report = click.option("--report", metavar="FILE", help="Write the report there too, as JSON.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="No table, no progress.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="Every module, not the first few.")
+_debug = click.option("--debug", is_flag=True, help="Tracebacks.")
+
+
+def running(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what every verb that runs units takes, and pass it on as `resources` and `progress`; show the Report."""
+
+    @wraps(command)
+    def run(*args: Any, device: str, workers: int, memory: int, **kwargs: Any) -> None:
+        from loratool.cli import render
+
+        style = {name: kwargs.pop(name) for name in ("as_json", "report", "quiet", "verbose", "debug")}
+        with render.progress(quiet=style["quiet"] or style["as_json"]) as progress:
+            report = command(*args, resources=Resources(device, workers, memory), progress=progress, **kwargs)
+        render.report(
+            report, as_json=style["as_json"], file=style["report"], quiet=style["quiet"], verbose=style["verbose"]
+        )
+
+    return stack(device, workers, memory, plugin, _json, _report, _quiet, _verbose, _debug)(run)
+
+
+def split_weight(text: str) -> tuple[str, float | None]:
+    """Return (path, weight) of `adapter:0.7`; the suffix counts where it is a number and no file has the whole name."""
+    path, _, suffix = text.rpartition(":")
+    if path and not checkpoint.exists(text):
+        try:
+            return path, float(suffix)
+        except ValueError:
+            pass
+    return text, None

@@ -1,0 +1,109 @@
+"""What reading formats share: pairing tensors into modules, checking the pairs, and choosing the family.
+
+A format groups its tensors into `Parts` by module; `build` turns them into deltas and findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from loratool.adapter import Delta, Finding, LowRank, Target
+from loratool.architecture import Architecture, Known
+from loratool.errors import AmbiguityError
+from loratool.tensors import TensorRef
+
+
+@dataclass
+class Parts:
+    """The tensors found for one module of the file."""
+
+    down: TensorRef | None = None
+    up: TensorRef | None = None
+    names: list[str] = field(default_factory=list)
+
+    def missing(self, down: str, up: str) -> str:
+        """Return the format's name of the half that is absent, or nothing."""
+        return down if self.down is None else up if self.up is None else ""
+
+
+def error(where: str, what: str, hint: str = "") -> Finding:
+    """Return a finding that stops every command but inspect."""
+    return Finding("error", where, what, hint)
+
+
+def shape_problem(down: TensorRef, up: TensorRef) -> str:
+    """Say what is wrong with the shapes of a pair, or nothing."""
+    shapes = f"down {list(down.shape)}, up {list(up.shape)}"
+    if len(down.shape) < 2 or len(up.shape) != len(down.shape):
+        return f"the factors have no matching dimensions: {shapes}"
+    if 0 in down.shape or 0 in up.shape:
+        return f"rank 0 or an empty factor: {shapes}"
+    if down.shape[0] != up.shape[1]:
+        return f"the factors have different ranks: {shapes}"
+    if any(n != 1 for n in up.shape[2:]):
+        return f"the up factor of a convolution must be 1x1: {shapes}"
+    return ""
+
+
+Scaling = Callable[[str, int], float]
+
+
+def build(
+    modules: Mapping[str, Parts], targets: Mapping[str, Target], names: tuple[str, str], scaling: Scaling
+) -> tuple[dict[Target, tuple[Delta, ...]], list[Finding]]:
+    """Return the sound deltas of `modules` and an error finding for each of the others.
+
+    `names` are the format's words for down and up; `scaling(module, rank)` is the factor that the format gives it.
+    """
+    deltas: dict[Target, tuple[Delta, ...]] = {}
+    findings: list[Finding] = []
+    for module, parts in modules.items():
+        missing = parts.missing(*names)
+        if missing:
+            findings.append(error(module, f"half a pair: {missing} is missing"))
+            continue
+        assert parts.down is not None
+        assert parts.up is not None
+        problem = shape_problem(parts.down, parts.up)
+        if problem:
+            findings.append(error(module, problem))
+        elif module in targets:
+            if targets[module] in deltas:
+                findings.append(error(module, f"two modules of the file update {targets[module]}"))
+            delta = LowRank(parts.down, parts.up, scaling(module, parts.down.shape[0]))
+            deltas[targets[module]] = (delta,)
+    return deltas, findings
+
+
+def resolve(
+    modules: Iterable[str],
+    architectures: Iterable[Architecture],
+    readings: Callable[[Architecture, str], list[Known]],
+    where: str,
+) -> tuple[tuple[str, ...], dict[str, Target]]:
+    """Return the families that explain every module, and the target that they agree on for each.
+
+    `readings(architecture, module)` lists what the module may be. Families that explain everything but disagree, and
+    names with two readings, are errors; where no family explains everything the mapping is empty.
+    """
+    modules = list(modules)
+    found: dict[str, dict[str, Target]] = {}
+    for architecture in architectures:
+        mapping = {}
+        for module in modules:
+            known = readings(architecture, module)
+            if len({(k.component, k.path) for k in known}) > 1:
+                paths = " or ".join(sorted({k.path for k in known}))
+                raise AmbiguityError(f"{module!r} can be {paths}", where=where)
+            if not known:
+                break
+            mapping[module] = Target(known[0].component, (known[0].path,))
+        else:
+            found[architecture.name] = mapping
+    distinct = list(found.values())
+    if any(mapping != distinct[0] for mapping in distinct[1:]):
+        raise AmbiguityError(
+            f"the names fit {' and '.join(found)}, which read them differently", where=where, hint="choose with --arch"
+        )
+    return tuple(found), distinct[0] if distinct and modules else {}

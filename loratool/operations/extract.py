@@ -1,0 +1,309 @@
+"""extract: the low-rank delta of a full fine-tune, D = tuned - base in fp32, by truncated SVD.
+
+Weights whose bytes are equal are found first and skipped. The residual |D - up @ down| is exact: it follows from the
+captured energy, and is measured directly where that difference would lose its digits. A weight whose delta does not
+fit in memory is read in panels, once a pass. What is not low-rank (norms, biases, unknown tensors) is the *rest*:
+every changed tensor of it is named, and leaving it out needs a flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from math import isfinite, prod, sqrt
+from typing import TYPE_CHECKING
+
+from loratool import dtypes
+from loratool.adapter import Adapter, Delta, Finding, Origin, Target
+from loratool.architecture import Architecture
+from loratool.errors import InputError, MismatchError
+from loratool.hookspecs import Format
+from loratool.operations.matching import Place, bare_name, places
+from loratool.operations.resize import Rule, emit_factors, settled_factors
+from loratool.patterns import selects
+from loratool.plan import Emit, Facts, Ledger, Load, Out, Plan, Report, Settled, Spooled, Unit
+from loratool.tensors import TensorRef, TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratool.algebra import svd
+
+TILE = 1 << 20
+PANEL = 64 << 20
+
+
+@dataclass(frozen=True)
+class ExtractModule:
+    """The delta of one weight, truncated."""
+
+    target: Target
+    tuned: TensorRef
+    base: TensorRef
+    transposed: bool
+    rank: int
+    dtype: str
+    streamed: bool
+
+    @property
+    def key(self) -> str:
+        """The module."""
+        return str(self.target)
+
+    @property
+    def outs(self) -> tuple[Out, ...]:
+        """Down and up, in the spool."""
+        out, columns = self.tuned.shape[0], self.tuned.shape[1:]
+        if self.transposed:
+            out, columns = self.tuned.shape[1], self.tuned.shape[:1]
+        rank = min(self.rank, out, prod(columns))
+        ones = (1,) * (len(columns) - 1)
+        down, up = (rank, *columns), (out, rank, *ones)
+        return Out("", f"{self.key}.down", down, self.dtype), Out("", f"{self.key}.up", up, self.dtype)
+
+    @property
+    def work(self) -> int:
+        """Bytes of both weights."""
+        return self.tuned.nbytes + self.base.nbytes
+
+    @property
+    def scratch(self) -> int:
+        """The delta in fp32 (or one panel of it), both weights while it is formed, and the blocks."""
+        rows, columns = self.tuned.shape[0], prod(self.tuned.shape[1:])
+        whole = 4 * PANEL if self.streamed else 4 * rows * columns + self.work
+        return whole + 48 * (rows + columns) * (self.rank + self.rank // 2 + 8)
+
+    def run(self, load: Load, emit: Emit) -> Facts:
+        """Subtract, factorise, measure, write."""
+        from loratool.algebra import svd
+
+        if same_bytes(self.tuned, self.base, load):
+            return {"same": True}
+        D = self._difference(load)
+        total = D.squared_norm()
+        if not isfinite(total):
+            raise InputError("the weights hold NaN or infinity", where=self.tuned.name)
+        seed = int.from_bytes(sha256(self.key.encode()).digest()[:7], "big")
+        rank = self.outs[0].shape[0]
+        triplets = svd.truncated(D, rank, seed)
+        up, down = triplets.balanced(rank)
+        residual = total - float(triplets.sigma.square().sum())
+        if residual < 1e-5 * total:  # the subtraction has lost its digits: multiply out instead
+            residual = D.residual(up, down)
+        emit_factors(self.outs, up, down, emit)
+        return {"total": total, "residual": residual, "rank": rank, "sigma": triplets.sigma.tolist()}
+
+    def _difference(self, load: Load) -> svd.Panels:
+        """Return D (out, in x kernel): held in memory, or read anew in panels for every product."""
+        from loratool.algebra import svd
+
+        def panel(start: int, stop: int) -> torch.Tensor:
+            tuned, base = load(self.tuned.rows(start, stop)), load(self.base.rows(start, stop))
+            return tuned.flatten(1).float() - base.flatten(1).float()
+
+        stored = self.tuned.shape[0], prod(self.tuned.shape[1:])
+        if self.streamed:
+            cuts = self.tuned.panels(PANEL)
+            return svd.Panels(lambda: ((a, b, panel(a, b)) for a, b in cuts), stored, transposed=self.transposed)
+        whole = panel(0, stored[0])
+        return svd.Panels(lambda: [(0, stored[0], whole)], stored, transposed=self.transposed)
+
+
+@dataclass(frozen=True)
+class CompareRest:
+    """A tensor that is not extracted: is it the same in both checkpoints?"""
+
+    tuned: TensorRef
+    base: TensorRef | None
+    outs: tuple[Out, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The tensor's name."""
+        return f"rest:{self.tuned.name}"
+
+    @property
+    def work(self) -> int:
+        """Bytes of both."""
+        return self.tuned.nbytes * 2
+
+    @property
+    def scratch(self) -> int:
+        """A few tiles in fp64."""
+        return 32 * TILE
+
+    def run(self, load: Load, emit: Emit) -> Facts:
+        """Compare bytes; where they differ, measure the change."""
+        if self.base is None:
+            return {"changed": "only in the tuned model"}
+        if same_bytes(self.tuned, self.base, load):
+            return {}
+        total = 0.0
+        for start, stop in self.tuned.panels(TILE):
+            tuned, base = load(self.tuned.rows(start, stop)), load(self.base.rows(start, stop))
+            total += float((tuned.double() - base.double()).square().sum())
+        return {"changed": "", "total": total}
+
+
+def same_bytes(one: TensorRef, two: TensorRef, load: Load) -> bool:
+    """Whether two tensors are equal byte for byte; reads no further than the first panel that differs."""
+    import torch
+
+    if one.dtype != two.dtype:
+        return False
+    return all(
+        torch.equal(load(one.rows(a, b)).view(torch.uint8), load(two.rows(a, b)).view(torch.uint8))
+        for a, b in one.panels(TILE)
+    )
+
+
+def plan(
+    tuned: TensorSource,
+    base: TensorSource,
+    architecture: Architecture,
+    rule: Rule,
+    format: Format,
+    *,
+    dtype: str = "float32",
+    rest: str = "error",
+    target: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    memory: int = 2 << 30,
+    options: Mapping[str, str],
+) -> Plan:
+    """Plan the extraction of `tuned - base`, at rank `rule.rank`, into an adapter written in `format`.
+
+    `rest` says what to do where something that is no LoRA delta changed: "error" or "skip". `memory` (bytes) decides
+    which deltas are read in panels.
+    """
+    pairs, others = _pair(tuned, base, architecture)
+    chosen = _choose(pairs, target, exclude, tuned.path)
+    stored = dtypes.from_torch_name("float32" if dtype == "keep" else dtype)
+    modules = []
+    for t, (new, old) in chosen.items():
+        fast = ExtractModule(t, new.ref, old.ref, new.layer.transposed, rule.rank or 1, stored, streamed=False)
+        modules.append(fast if fast.scratch <= memory else replace(fast, streamed=True))
+    others += [(new.ref, old.ref) for t, (new, old) in pairs.items() if t not in chosen]
+    remaining = tuple(CompareRest(_as_rows(new), _as_rows(old) if old else None) for new, old in others)
+    report = Report(verb="extract", totals={"family": architecture.name, "modules": len(modules)})
+    report.rows = [
+        {"module": u.key, "role": pairs[u.target][0].role, "shape": list(u.tuned.shape), "rank": u.outs[0].shape[0]}
+        for u in modules
+    ]
+    ledger = Ledger()
+    ledger.note(tuned.path, [u.tuned.name for u in modules], "extracted")
+    ledger.note(tuned.path, [u.tuned.name for u in remaining], "compared")
+    report.ledger = ledger.summary()
+
+    def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
+        left_out = _judge_rest(remaining, facts, rest, report)
+        deltas: dict[Target, tuple[Delta, ...]] = {}
+        for unit, row in zip(modules, report.rows, strict=True):
+            fact = facts[unit.key]
+            if fact.get("same"):
+                row.update(unchanged=True)
+                continue
+            deltas[unit.target] = (settled_factors(unit.outs, fact["rank"], spooled),)
+            row["norm"] = sqrt(fact["total"])
+            row["retained"] = 1 - fact["residual"] / fact["total"]
+            row["error"] = sqrt(fact["residual"] / fact["total"])
+        if not deltas:
+            raise InputError("the two models are equal: there is nothing to extract", where=tuned.path)
+        total = sum(facts[str(t)]["total"] for t in deltas)
+        residual = sum(facts[str(t)]["residual"] for t in deltas)
+        config = base.config or {}
+        adapter = Adapter(deltas, Origin("", tuned.path), base_model=str(config.get("_name_or_path") or base.path))
+        written = format.write(adapter, architecture, options)
+        report.totals |= {
+            "changed": len(deltas),
+            "retained": 1 - residual / total,
+            "error": sqrt(residual / total),
+            "norm": sqrt(total),
+            "left_out": left_out / (left_out + total),
+            "bytes": sum(ref.nbytes for ds in deltas.values() for d in ds for ref in d.refs),
+        }
+        report.files = [f.name for f in written.files]
+        report.findings += [Finding("warning", format.name, note) for note in written.notes]
+        return Settled(report, written.files)
+
+    units: tuple[Unit, ...] = (*modules, *remaining)
+    return Plan(units, report, settle, single_file=format.single_file or "file" in options)
+
+
+Pairs = dict[Target, tuple[Place, Place]]
+
+
+def _pair(
+    tuned: TensorSource, base: TensorSource, architecture: Architecture
+) -> tuple[Pairs, list[tuple[TensorRef, TensorRef | None]]]:
+    """Pair the tensors of both checkpoints, whatever prefix each spells; raise where they do not belong together."""
+    new, old = places(tuned, architecture), places(base, architecture)
+    problems = [f"{t}: only in the base" for t in old if t not in new]
+    layers = {place.ref.name for place in new.values()}
+    by_name = {bare_name(n, architecture): ref for n, ref in base.tensors.items()}
+    pairs: Pairs = {t: (new[t], old[t]) for t in new if t in old}
+    others = []
+    for name, ref in tuned.tensors.items():
+        other = by_name.get(bare_name(name, architecture))
+        if name not in layers or other is None:
+            others.append((ref, other))
+        if other is not None and other.shape != ref.shape:
+            problems.append(f"{name}: {list(ref.shape)} in the tuned model, {list(other.shape)} in the base")
+    if not pairs:
+        problems.append("no layer in common")
+    if problems:
+        more = [f"... and {len(problems) - 12} more"] if len(problems) > 12 else []
+        raise MismatchError(
+            "\n  ".join([f"the two models do not belong together ({len(problems)} tensors)", *problems[:12], *more]),
+            where=f"{tuned.path} against {base.path}",
+            hint="the base must be the model that the fine-tune started from",
+        )
+    return pairs, others
+
+
+def _choose(pairs: Pairs, target: Sequence[str], exclude: Sequence[str], where: str) -> Pairs:
+    """Return the pairs that the user's globs select, of floating-point weights."""
+
+    def hit(patterns: Sequence[str], t: Target) -> bool:
+        return any(selects(p, t.parts[0], t.component) for p in patterns)
+
+    for pattern in (*target, *exclude):
+        if not any(hit([pattern], t) for t in pairs):
+            raise MismatchError(f"no module matches {pattern!r}", where=where, hint="loratool arch show lists them")
+    chosen = {
+        t: pair
+        for t, pair in sorted(pairs.items(), key=lambda x: x[0].sort_key)
+        if (not target or hit(target, t)) and not hit(exclude, t)
+    }
+    for t, pair in chosen.items():
+        for place in pair:
+            if not dtypes.is_float(place.ref.dtype):
+                raise InputError(f"a {place.ref.dtype} weight: quantised models are not supported yet", where=str(t))
+    if not chosen:
+        raise MismatchError("no module is left to extract", where=where)
+    return chosen
+
+
+def _judge_rest(remaining: Sequence[CompareRest], facts: Mapping[str, Facts], rest: str, report: Report) -> float:
+    """Return the squared change that the adapter leaves out; raise where the user did not agree to that."""
+    changed = {u.tuned.name: facts[u.key] for u in remaining if "changed" in facts[u.key]}
+    if not changed:
+        return 0.0
+    names = list(changed)
+    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    if rest == "error":
+        raise InputError(
+            f"{len(changed)} tensors changed that are not extracted: {listed}",
+            where=report.sources.get("tuned", ""),
+            hint="--rest skip leaves them out and says how much that is",
+        )
+    what = f"{len(changed)} changed tensors are not in the adapter: {listed}"
+    report.findings.append(Finding("warning", "--rest skip", what))
+    report.totals["skipped_tensors"] = names
+    return float(sum(f.get("total", 0.0) for f in changed.values()))
+
+
+def _as_rows(ref: TensorRef) -> TensorRef:
+    """A vector as one row, so that it can be read in panels."""
+    return ref if len(ref.shape) > 1 else replace(ref, shape=(1, prod(ref.shape)))

@@ -1,0 +1,357 @@
+"""merge: adapters into the base's weights.
+
+Every touched weight W becomes round(W + sum_i w_i s_i up_i @ down_i): factors are joined, products accumulate in
+fp32, and there is one rounding, to the output's dtype. Weights stream through in tiles of about 1 MiB that stay in
+cache; untouched tensors are copied as bytes; a shard whose names, shapes and dtypes stay keeps its header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from math import prod, sqrt
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loratool import dtypes
+from loratool.adapter import Adapter, Target
+from loratool.architecture import Architecture
+from loratool.errors import InputError, MismatchError
+from loratool.operations.matching import Place, misfit, places, tied_partner
+from loratool.plan import (
+    CopiedFile,
+    Emit,
+    Facts,
+    JsonFile,
+    Ledger,
+    Load,
+    Out,
+    OutFile,
+    Plan,
+    Report,
+    Settled,
+    Spooled,
+    TensorFile,
+    Unit,
+)
+from loratool.storage.checkpoint import Checkpoint, Shard, companions
+from loratool.tensors import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+PANEL = 64 << 20  # bytes of weight a unit: the piece that is scheduled and journalled
+TILE = 1 << 20  # bytes of weight in flight: read, added to, rounded and written while in cache
+
+
+class Term(NamedTuple):
+    """One adapter's part in a weight: its factors, and weight times scaling."""
+
+    up: TensorRef
+    down: TensorRef
+    factor: float
+
+
+@dataclass(frozen=True)
+class MergePanel:
+    """Rows `start` to `stop` of one weight, plus every adapter's delta of those rows (none: only a cast)."""
+
+    weight: TensorRef
+    out: Out
+    terms: tuple[Term, ...]
+    transposed: bool
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        """Tensor and rows."""
+        return f"{self.out.name}[{self.start}:{self.stop}]"
+
+    @property
+    def outs(self) -> tuple[Out, ...]:
+        """The merged weight."""
+        return (self.out,)
+
+    @property
+    def work(self) -> int:
+        """Bytes of the panel."""
+        return self.weight.rows(self.start, self.stop).nbytes
+
+    @property
+    def scratch(self) -> int:
+        """The factors in fp32, joined, and a few tiles."""
+        return sum(8 * sum(_numel(r) for r in (t.up, t.down)) for t in self.terms) + 8 * TILE
+
+    def run(self, load: Load, emit: Emit) -> Facts:
+        """Read, add, round and write tile by tile."""
+        import torch
+
+        from loratool.algebra import lowrank
+        from loratool.algebra.deltas import is_finite
+
+        wide = torch.float64 if self.weight.dtype == "F64" else torch.float32
+        narrow = getattr(torch, dtypes.torch_name(self.out.dtype))
+        left, right = self._factors(load)  # (rows, r), (r, columns)
+        left, right = left.to(wide), right.to(wide)
+        for start, stop in self.weight.rows(self.start, self.stop).panels(TILE):
+            tile = load(self.weight.rows(self.start + start, self.start + stop)).flatten(1).to(wide)
+            if left.shape[1]:
+                tile.addmm_(left[start:stop], right)
+            rounded = tile.to(narrow)
+            if not is_finite(tile) or (narrow is torch.float16 and not is_finite(rounded)):
+                raise InputError(_overflow(tile, rounded, narrow), where=self.out.name)
+            emit(self.out, self.start + start, rounded)
+        return {"delta": lowrank.squared_norm(left, right) if left.shape[1] else 0.0}
+
+    def _factors(self, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (left (rows, r), right (r, columns)) with left @ right the sum of all deltas of these rows.
+
+        Terms are joined in the order of their bytes, so that the order of adapters cannot change a bit of the result.
+        """
+        import torch
+
+        from loratool.algebra import lowrank
+        from loratool.algebra.deltas import as_matrices, is_finite
+
+        loaded = []
+        for term in self.terms:
+            up, down = as_matrices(load(term.up), load(term.down))
+            if not (is_finite(up) and is_finite(down)):
+                raise InputError("the adapter's factors hold NaN or infinity", where=term.up.name)
+            pair = (down.T, up.T) if self.transposed else (up, down)
+            loaded.append((pair[0][self.start : self.stop], pair[1], term.factor))
+        if len(loaded) > 1:
+            loaded.sort(key=lambda t: (_digest(t[1]), _digest(t[0]), t[2]))
+        if not loaded:
+            return torch.zeros(self.stop - self.start, 0), torch.zeros(0, 1)
+        return lowrank.add(loaded)
+
+
+@dataclass(frozen=True)
+class SameValues:
+    """A check: a base weight that an adapter's file carries along must be the base's own."""
+
+    copy: TensorRef
+    weight: TensorRef
+    outs: tuple[Out, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The tensor's name in the adapter."""
+        return f"check:{self.copy.name}"
+
+    @property
+    def work(self) -> int:
+        """Bytes of both."""
+        return self.copy.nbytes + self.weight.nbytes
+
+    @property
+    def scratch(self) -> int:
+        """Two tiles and their comparison."""
+        return 16 * TILE
+
+    def run(self, load: Load, emit: Emit) -> Facts:
+        """Compare the values tile by tile."""
+        for start, stop in self.weight.panels(TILE):
+            if not bool((load(self.copy.rows(start, stop)) == load(self.weight.rows(start, stop))).all()):
+                raise MismatchError(
+                    "the adapter was saved with another base weight (a resized or trained embedding)",
+                    where=self.copy.name,
+                    hint="saved base weights are not merged yet: give the base that the adapter was trained on",
+                )
+        return {}
+
+
+def plan(
+    base: Checkpoint,
+    architecture: Architecture,
+    adapters: Sequence[tuple[Adapter, float]],
+    *,
+    out_name: str,
+    dtype: str = "keep",
+    skipped: Mapping[str, Sequence[str]] | None = None,
+    allow_noop: bool = False,
+) -> Plan:
+    """Plan the merge of `adapters` (each with its weight) into `base`; every mismatch is reported at once.
+
+    `out_name` names the output when the base is a single file. `dtype` is "keep" or a name in OUTPUT_DTYPES.
+    """
+    known = places(base, architecture)
+    touched = _match(base, adapters, known, architecture)
+    weights: list[TensorFile] = []
+    units: list[Unit] = []
+    for shard in base.shards:
+        file, shard_units = _plan_shard(shard, shard.name if base.folder else out_name, touched, dtype)
+        weights.append(file)
+        units += shard_units
+    for adapter, _ in adapters:
+        units += [SameValues(ref, known[t].ref) for t, ref in adapter.base_copies.items()]
+    files = (*weights, *(_companion_files(base, weights, dtype) if base.folder else ()))
+    report = Report(
+        verb="merge",
+        totals={
+            "family": architecture.name,
+            "modules": len(touched),
+            "tensors": len(base.tensors),
+            "bytes": sum(ref.nbytes for file in weights for ref in file.tensors),
+            "dtypes": sorted({ref.dtype for file in weights for ref in file.tensors}),
+        },
+        rows=[t.row for t in touched.values()],
+        findings=[f for a, _ in adapters for f in a.findings],
+        ledger=_ledger(base, adapters, touched, skipped or {}).summary(),
+        files=[f.name for f in files],
+    )
+
+    def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
+        squared: dict[str, float] = {}
+        for key, fact in facts.items():
+            if "delta" in fact:
+                name = key.rpartition("[")[0]
+                squared[name] = squared.get(name, 0.0) + fact["delta"]
+        if not any(squared.values()) and not allow_noop:
+            raise InputError(
+                "the adapters change nothing: every update is zero",
+                hint="was the adapter trained? --allow-noop writes the unchanged model",
+            )
+        for row in report.rows:
+            row["delta_norm"] = sqrt(squared.get(row["tensor"], 0.0))
+        report.totals["delta_norm"] = sqrt(sum(squared.values()))
+        return Settled(report)
+
+    return Plan(tuple(units), report, settle, files, single_file=not base.folder)
+
+
+class Touched(NamedTuple):
+    """A weight of the base that adapters change."""
+
+    target: Target
+    place: Place
+    terms: list[Term]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return {
+            "module": str(self.target),
+            "tensor": self.place.ref.name,
+            "group": self.place.layer.group,
+            "role": self.place.role,
+            "shape": list(self.place.ref.shape),
+            "ranks": [t.down.shape[0] for t in self.terms],
+        }
+
+
+def _match(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    known: Mapping[Target, Place],
+    architecture: Architecture,
+) -> dict[str, Touched]:
+    """Return every touched weight by its name in the base; raise MismatchError that lists every misfit."""
+    touched: dict[str, Touched] = {}
+    problems: list[str] = []
+    for adapter, weight in adapters:
+        for target in adapter.targets:
+            place = known.get(target)
+            if place is None:
+                problems.append(f"{target}: the base has no such module")
+                continue
+            partner = tied_partner(target, base, architecture, known)
+            if partner:
+                problems.append(
+                    f"{target}: shares its weight with {partner}; merging tied weights is not supported yet"
+                )
+            if not dtypes.is_float(place.ref.dtype):
+                problems.append(f"{target}: a {place.ref.dtype} weight; quantised bases are not supported yet")
+            entry = touched.setdefault(place.ref.name, Touched(target, place, []))
+            for delta in adapter.deltas[target]:
+                problem = misfit(delta, place)
+                if problem:
+                    problems.append(f"{target}: {problem}")
+                entry.terms.append(Term(delta.up, delta.down, weight * delta.scaling))
+    if problems:
+        names = sorted({a.base_model for a, _ in adapters if a.base_model})
+        more = [f"... and {len(problems) - 12} more"] if len(problems) > 12 else []
+        raise MismatchError(
+            "\n  ".join([f"the adapter does not fit this base ({len(problems)} modules)", *problems[:12], *more]),
+            where=base.path,
+            hint=f"the adapter says it was trained on {', '.join(names)}" if names else "is this the right base?",
+        )
+    return touched
+
+
+def _plan_shard(shard: Shard, name: str, touched: Mapping[str, Touched], dtype: str) -> tuple[TensorFile, list[Unit]]:
+    """Return a shard of the output and the units that fill it."""
+    refs: list[TensorRef] = []
+    units: list[Unit] = []
+    for ref in shard.header.tensors:
+        wanted = dtypes.from_torch_name(dtype) if dtype != "keep" and dtypes.is_float(ref.dtype) else ref.dtype
+        mine = touched.get(ref.name)
+        if mine is None and wanted == ref.dtype:
+            refs.append(ref)
+            continue
+        refs.append(replace(ref, dtype=wanted, pieces=()))
+        weight = ref if len(ref.shape) > 1 else replace(ref, shape=(1, prod(ref.shape)))  # a vector is one row
+        out = Out(name, ref.name, weight.shape, wanted)
+        terms = tuple(mine.terms) if mine else ()
+        transposed = mine.place.layer.transposed if mine else False
+        units += [MergePanel(weight, out, terms, transposed, a, b) for a, b in weight.panels(PANEL)]
+    same = all(new.dtype == old.dtype for new, old in zip(refs, shard.header.tensors, strict=True))
+    return TensorFile(name, tuple(refs), shard.header.metadata, shard.header.raw if same else None), units
+
+
+def _companion_files(base: Checkpoint, weights: Sequence[TensorFile], dtype: str) -> list[OutFile]:
+    """Return the config, tokenizer and licence files, and the index, adapted where the dtype changed."""
+    changed = any(file.header is None for file in weights)
+    files: list[OutFile] = []
+    for name in companions(base.folder):
+        if name == "config.json" and changed and base.config:
+            field = "dtype" if "dtype" in base.config else "torch_dtype"
+            files.append(JsonFile(name, {**base.config, field: dtype}))
+        else:
+            files.append(CopiedFile(name, f"{base.folder}/{name}"))
+    if base.index_name and changed:
+        total = sum(ref.nbytes for file in weights for ref in file.tensors)
+        old = base.index.get("metadata")
+        metadata = {**(old if isinstance(old, dict) else {}), "total_size": total}
+        files.append(JsonFile(base.index_name, {**base.index, "metadata": metadata}))
+    elif base.index_name:
+        files.append(CopiedFile(base.index_name, f"{base.folder}/{base.index_name}"))
+    return files
+
+
+def _ledger(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    touched: Mapping[str, Touched],
+    skipped: Mapping[str, Sequence[str]],
+) -> Ledger:
+    """Return the fate of every tensor: the base's are merged or copied, the adapters' are used or skipped by a glob."""
+    ledger = Ledger()
+    ledger.note(base.path, [n for n in base.tensors if n in touched], "merged")
+    ledger.note(base.path, [n for n in base.tensors if n not in touched], "copied")
+    for adapter, _ in adapters:
+        source = adapter.origin.path
+        ledger.note(source, adapter.names, "used")
+        ledger.note(source, skipped.get(source, ()), "skipped")
+    return ledger
+
+
+def _overflow(tile: torch.Tensor, rounded: torch.Tensor, narrow: torch.dtype) -> str:
+    import torch
+
+    if bool(torch.isfinite(tile).all()):
+        count = int((~torch.isfinite(rounded)).sum())
+        return (
+            f"{count} merged values overflow {str(narrow).removeprefix('torch.')}: choose --dtype bfloat16 or float32"
+        )
+    return "the merged weight would hold NaN or infinity (so does the base, or the adapter is damaged)"
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return sha256(tensor.contiguous().numpy(force=True).tobytes()).digest()
+
+
+def _numel(ref: TensorRef) -> int:
+    return prod(ref.shape)

@@ -1,0 +1,164 @@
+"""resize: every delta at another rank, chosen exactly from its whole spectrum in factor space.
+
+The truncated SVD of scaling * up @ down comes from an r x r core (loratool.algebra.lowrank), so nothing of size
+out x in is built and the retained energy is exact. The scaling is folded into the new factors: the result has scale 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod, sqrt
+from typing import Any
+
+from loratool import dtypes
+from loratool.adapter import Adapter, Delta, Finding, LowRank, Target
+from loratool.architecture import Architecture
+from loratool.errors import InputError, UsageError
+from loratool.hookspecs import Format
+from loratool.plan import Emit, Facts, Ledger, Load, Out, Plan, Report, Settled, Spooled
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a rank is chosen: at most `rank`, and the least that keeps the share `energy` of squared singular values."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is None and self.energy is None:
+            raise UsageError("no rank rule was given", hint="--rank 16, or --energy 0.95")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"a rank of {self.rank} is impossible", hint="the smallest rank is 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"an energy of {self.energy} is impossible", hint="a share between 0 and 1, such as 0.95")
+
+    def bound(self, available: int) -> int:
+        """Return the largest rank that this rule can choose out of `available` singular values."""
+        return min(self.rank or available, available)
+
+
+@dataclass(frozen=True)
+class ResizeModule:
+    """One delta, recompressed."""
+
+    target: Target
+    delta: Delta
+    rule: Rule
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """The module."""
+        return str(self.target)
+
+    @property
+    def outs(self) -> tuple[Out, ...]:
+        """Down and up at the largest rank that the rule allows, in the spool."""
+        rank = self.rule.bound(min(self.delta.rank, *self.delta.matrix_shape))
+        down, up = factor_shapes(self.delta.down.shape, self.delta.up.shape, rank)
+        return Out("", f"{self.key}.down", down, self.dtype), Out("", f"{self.key}.up", up, self.dtype)
+
+    @property
+    def work(self) -> int:
+        """Bytes of both factors."""
+        return self.delta.down.nbytes + self.delta.up.nbytes
+
+    @property
+    def scratch(self) -> int:
+        """Both factors in fp64, four times over."""
+        return 32 * (prod(self.delta.down.shape) + prod(self.delta.up.shape))
+
+    def run(self, load: Load, emit: Emit) -> Facts:
+        """Factorise, choose the rank, write the factors."""
+        from loratool.algebra import lowrank, rank
+        from loratool.algebra.deltas import as_matrices, is_finite
+
+        up, down = as_matrices(load(self.delta.up), load(self.delta.down))
+        if not (is_finite(up) and is_finite(down)):
+            raise InputError("the factors hold NaN or infinity", where=self.key)
+        svd = lowrank.compress(up * self.delta.scaling, down)
+        bound = self.outs[0].shape[0]
+        keep = rank.fixed(svd.sigma, bound)
+        if self.rule.energy is not None:
+            keep = min(keep, rank.energy(svd.sigma, self.rule.energy))
+        emit_factors(self.outs, *svd.balanced(keep), emit)
+        return {"rank": keep, "sigma": svd.sigma.tolist()}
+
+
+def factor_shapes(down: tuple[int, ...], up: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of a layer's factors at another rank."""
+    return (rank, *down[1:]), (up[0], rank, *up[2:])
+
+
+def emit_factors(outs: Sequence[Out], up: Any, down: Any, emit: Emit) -> None:
+    """Write matrices up (out, r) and down (r, in x kernel) as the factors `outs` = (down, up), rounding them once."""
+    import torch
+
+    from loratool.algebra.deltas import as_factors, is_finite
+
+    dtype = getattr(torch, dtypes.torch_name(outs[0].dtype))
+    up, down = as_factors(up, down, outs[0].shape, dtype)
+    if not (is_finite(up) and is_finite(down)):
+        raise InputError(f"the new factors overflow {outs[0].dtype}", where=outs[0].name, hint="--dtype float32")
+    emit(outs[0], 0, down)
+    emit(outs[1], 0, up)
+
+
+def plan(
+    adapter: Adapter,
+    architecture: Architecture | None,
+    rule: Rule,
+    format: Format,
+    *,
+    dtype: str = "keep",
+    options: Mapping[str, str],
+    skipped: Sequence[str] = (),
+) -> Plan:
+    """Plan the recompression of every delta of `adapter` under `rule`, written in `format`."""
+    units = tuple(
+        ResizeModule(t, delta, rule, delta.down.dtype if dtype == "keep" else dtypes.from_torch_name(dtype))
+        for t in adapter.targets
+        for delta in adapter.deltas[t]
+    )
+    report = Report(verb="resize", findings=list(adapter.findings))
+    report.ledger = _ledger(adapter, skipped).summary()
+    report.totals = {"modules": len(units), "bytes_before": sum(u.work for u in units)}
+    if rule.rank is not None and all(rule.rank >= u.delta.rank for u in units):
+        what = f"no module has a rank above {max(u.delta.rank for u in units)}: nothing gets smaller"
+        report.findings.append(Finding("warning", f"--rank {rule.rank}", what))
+    report.rows = [{"module": u.key, "rank_before": u.delta.rank} for u in units]
+
+    def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
+        deltas: dict[Target, tuple[Delta, ...]] = {}
+        kept = total = 0.0
+        for unit, row in zip(units, report.rows, strict=True):
+            rank, squares = facts[unit.key]["rank"], [s * s for s in facts[unit.key]["sigma"]]
+            deltas[unit.target] = (settled_factors(unit.outs, rank, spooled),)
+            kept, total = kept + sum(squares[:rank]), total + sum(squares)
+            row["rank"] = rank
+            row["retained"] = sum(squares[:rank]) / sum(squares) if sum(squares) else 1.0
+            row["error"] = sqrt(max(0.0, 1 - row["retained"]))
+        report.totals["retained"] = kept / total if total else 1.0
+        report.totals["error"] = sqrt(max(0.0, 1 - report.totals["retained"]))
+        written = format.write(replace(adapter, deltas=deltas), architecture, options)
+        report.totals["bytes"] = sum(ref.nbytes for ds in deltas.values() for d in ds for ref in d.refs)
+        report.files = [f.name for f in written.files]
+        report.findings += [Finding("warning", format.name, note) for note in written.notes]
+        return Settled(report, written.files)
+
+    return Plan(units, report, settle, single_file=format.single_file or "file" in options)
+
+
+def settled_factors(outs: Sequence[Out], rank: int, spooled: Spooled) -> LowRank:
+    """Return the spooled factors at their settled rank, with scale 1."""
+    down, up = factor_shapes(outs[0].shape, outs[1].shape, rank)
+    return LowRank(spooled(outs[0].name, down), spooled(outs[1].name, up), 1.0)
+
+
+def _ledger(adapter: Adapter, skipped: Sequence[str]) -> Ledger:
+    ledger = Ledger()
+    ledger.note(adapter.origin.path, adapter.names, "used")
+    ledger.note(adapter.origin.path, skipped, "dropped")
+    return ledger

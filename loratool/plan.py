@@ -1,0 +1,179 @@
+"""Plans: what will be done, in independent pieces, and what was done.
+
+An operation turns descriptions into a Plan; an engine runs its units; a writer publishes its files; `settle` makes the
+Report (and, for factors whose rank was only known after computing, the remaining files) from the facts of all units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+from loratool import dtypes
+from loratool.adapter import Finding
+from loratool.tensors import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+#: What a unit measured: JSON values by name. Kept in the journal, so that a resumed run knows them.
+Facts: TypeAlias = dict[str, Any]
+
+
+class Out(NamedTuple):
+    """A tensor that a unit writes: into an output file, or into the spool (`file` is empty) until its rank is settled.
+
+    In the spool the shape is an upper bound.
+    """
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Load(Protocol):
+    """`load(ref)` reads a tensor in its stored dtype onto the run's device."""
+
+    def __call__(self, ref: TensorRef) -> torch.Tensor:
+        """Read `ref`."""
+
+
+class Emit(Protocol):
+    """`emit(out, row, tensor)` writes rows of an output from `row` on; dtype and row shape must be the output's."""
+
+    def __call__(self, out: Out, row: int, tensor: torch.Tensor) -> None:
+        """Write rows."""
+
+
+class Unit(Protocol):
+    """A piece of work: frozen, picklable, idempotent. It pulls what it needs and emits what it made."""
+
+    @property
+    def key(self) -> str:
+        """A name unique in the plan."""
+
+    @property
+    def outs(self) -> tuple[Out, ...]:
+        """What it writes."""
+
+    @property
+    def work(self) -> int:
+        """Bytes it reads: the measure of progress."""
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of memory it needs while running."""
+
+    def run(self, load: Load, emit: Emit) -> Facts:
+        """Do it."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file of the output: tensors in file order, computed ones (no pieces) filled in by units.
+
+    `header` is the input's header, kept byte for byte where nothing in it changes.
+    """
+
+    name: str
+    tensors: tuple[TensorRef, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    header: bytes | None = None
+
+    @classmethod
+    def new(cls, name: str, tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> TensorFile:
+        """Return a file in the order of the safetensors library: larger elements first (aligned), then by name."""
+        ordered = sorted(tensors, key=lambda ref: (-dtypes.itemsize(ref.dtype), ref.name))
+        return cls(name, tuple(ordered), metadata)
+
+
+class JsonFile(NamedTuple):
+    """A JSON file of the output."""
+
+    name: str
+    content: Mapping[str, Any]
+
+
+class CopiedFile(NamedTuple):
+    """A file of the input that goes to the output byte for byte."""
+
+    name: str
+    source: str
+
+
+OutFile: TypeAlias = TensorFile | JsonFile | CopiedFile
+
+
+@dataclass
+class Ledger:
+    """The fate of every input tensor. A job whose ledger does not close publishes nothing."""
+
+    fates: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def note(self, source: str, names: object, fate: str) -> None:
+        """Record that tensors of `source` were used, passed, skipped (by the user's glob) or dropped (by a flag)."""
+        self.fates.setdefault(source, {}).update(dict.fromkeys(names, fate))  # type: ignore[call-overload]
+
+    def open_names(self, source: str, names: object) -> list[str]:
+        """Return the tensors of `source` whose fate is not recorded."""
+        return [n for n in names if n not in self.fates.get(source, {})]  # type: ignore[attr-defined]
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Count the fates per source."""
+        counts: dict[str, dict[str, int]] = {}
+        for source, fates in self.fates.items():
+            for fate in fates.values():
+                counts.setdefault(source, {}).setdefault(fate, 0)
+                counts[source][fate] += 1
+        return counts
+
+
+@dataclass
+class Report:
+    """What a verb did or, after a dry run, would do. `rows` describe modules; `totals` the whole."""
+
+    verb: str
+    sources: dict[str, str] = field(default_factory=dict)
+    out: str = ""
+    totals: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    ledger: dict[str, dict[str, int]] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        content = asdict(self)
+        content["findings"] = [f._asdict() for f in self.findings]
+        return content
+
+
+class Spooled(Protocol):
+    """`spooled(name, shape)` is a reference to what a unit spooled as `name`, at its settled shape."""
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> TensorRef:
+        """Find it."""
+
+
+class Settled(NamedTuple):
+    """The end of a plan: the files that had to wait for the facts, and the report."""
+
+    report: Report
+    files: tuple[OutFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Units of work, the output files known beforehand, a report to show before running, and how it ends.
+
+    `settle(facts, spooled)` may raise: then nothing is published.
+    """
+
+    units: tuple[Unit, ...]
+    preview: Report
+    settle: Callable[[Mapping[str, Facts], Spooled], Settled]
+    files: tuple[OutFile, ...] = ()
+    single_file: bool = False

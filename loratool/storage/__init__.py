@@ -1,0 +1,1 @@
+"""Bytes to tensors and back; nothing here knows what LoRA is."""

@@ -1,0 +1,235 @@
+"""Opening what lies on disk: a file, a folder, a sharded checkpoint by its index. Headers only.
+
+An index is untrusted: its shard names must stay inside the folder (under Posix and Windows rules, links included;
+the Hugging Face cache's blobs are the one allowed outside), and index and headers must agree both ways.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
+
+from loratool.errors import FormatError, InputError, StorageError
+from loratool.storage import jsonfile, safetensors
+from loratool.tensors import Inline, Span, TensorRef, TensorSource
+
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+_BASE_WEIGHTS = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+#: What goes along with the weights when a model is rewritten; nothing in it is parsed or executed.
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe", ".spm", ".vocab")
+_COMPANION_NAMES = ("license", "notice", "merges", "use_policy")
+_COMPANION_CAP = 64 << 20
+
+
+class Shard(NamedTuple):
+    """One weight file of a checkpoint."""
+
+    name: str
+    header: safetensors.Header
+
+
+@dataclass(frozen=True)
+class Checkpoint(TensorSource):
+    """An opened checkpoint or adapter: its tensors, its files, and the config beside them."""
+
+    shards: tuple[Shard, ...] = ()
+    index: dict[str, object] = field(default_factory=dict)
+    index_name: str = ""
+    folder: str = ""
+
+
+def exists(text: str) -> bool:
+    """Whether a source is a local path."""
+    return Path(text).exists()
+
+
+def open_adapter(path: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open an adapter: a folder with its config, or one file. One-element tensors (alphas) are read along."""
+    place = Path(path)
+    if place.is_dir():
+        place = _adapter_folder(place)
+        weights = next((place / n for n in _ADAPTER_WEIGHTS if (place / n).is_file()), None) or _only_file(place)
+    else:
+        weights = place
+    config = weights.parent / "adapter_config.json"
+    if place.is_file() and not weights.name.startswith("adapter_model"):
+        config = Path()  # a config beside a file of another name belongs to something else
+    opened = _open_file(weights, allow_pickle)
+    found = jsonfile.read(config) if config.is_file() else None
+    return replace(opened, path=path, config=found, tensors=_with_scalars(opened.tensors))
+
+
+def open_base(path: str) -> Checkpoint:
+    """Open a base checkpoint: a folder (sharded or not) or one file."""
+    place = Path(path)
+    if not place.is_dir():
+        return _open_file(place, allow_pickle=False)
+    weights = next((place / n for n in _BASE_WEIGHTS if (place / n).is_file()), None)
+    if weights is None:
+        if any(p.suffix in _PICKLES and p.name.startswith("pytorch_model") for p in place.iterdir()):
+            raise FormatError(
+                "only pickle weights (pytorch_model*.bin) are here",
+                where=path,
+                hint="save the model as safetensors: model.save_pretrained(folder)",
+            )
+        if (place / "model_index.json").is_file():
+            raise FormatError(
+                "this is a whole diffusers pipeline",
+                where=path,
+                hint=f"name one component, for example {place / 'unet'}",
+            )
+        weights = _only_file(place)
+    opened = _open_index(weights) if weights.name.endswith(".index.json") else _open_file(weights, allow_pickle=False)
+    config = place / "config.json"
+    return replace(opened, path=path, folder=str(place), config=jsonfile.read(config) if config.is_file() else None)
+
+
+def is_adapter_folder(path: str) -> bool:
+    """Whether a folder says by its file names that it is an adapter."""
+    place = Path(path)
+    return place.is_dir() and any((place / n).is_file() for n in ("adapter_config.json", *_ADAPTER_WEIGHTS))
+
+
+def companions(folder: str) -> list[str]:
+    """Return the files that belong with a model's weights (tokenizer, config, licence...), one subfolder deep."""
+    root = Path(folder)
+    names = []
+    for path in sorted(p for pattern in ("*", "*/*") for p in root.glob(pattern)):
+        relative = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        skipped = path.name.endswith(".index.json") or path.name in ("adapter_config.json", "loratool.report.json")
+        named = path.suffix in _COMPANIONS or path.stem.lower().startswith(_COMPANION_NAMES)
+        nested = len(relative.parts) > 1 and (path.parent / "config.json") != path  # only configs of submodules
+        wanted = path.is_file() and named and not (hidden or skipped or nested)
+        if wanted and path.stat().st_size <= _COMPANION_CAP:
+            names.append(relative.as_posix())
+    return names
+
+
+def _adapter_folder(place: Path) -> Path:
+    """Return the folder itself, or the one subfolder that holds an adapter (PEFT saves named adapters so)."""
+    if is_adapter_folder(str(place)):
+        return place
+    inner = [p for p in sorted(place.iterdir()) if p.is_dir() and is_adapter_folder(str(p))]
+    if len(inner) > 1:
+        raise InputError(
+            f"several adapters are in this folder: {', '.join(p.name for p in inner)}",
+            where=place,
+            hint=f"name one of them, for example {inner[0]}",
+        )
+    return inner[0] if inner else place
+
+
+def _only_file(place: Path) -> Path:
+    files = sorted(place.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        raise StorageError("no weights are in this folder", where=place, hint="expected *.safetensors")
+    raise InputError(
+        f"{len(files)} weight files and no index: {', '.join(f.name for f in files[:4])}",
+        where=place,
+        hint="name one file",
+    )
+
+
+def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
+    if not path.is_file():
+        raise StorageError("no such file or folder", where=path, hint="sources are local paths")
+    if path.suffix in _PICKLES:
+        if not allow_pickle:
+            raise FormatError(
+                "a pickle can run code when it is opened",
+                where=path,
+                hint="if you trust its author: --allow-pickle (opened with weights_only=True)",
+            )
+        from loratool.storage import torchfile
+
+        return Checkpoint(str(path), torchfile.read(path), {})
+    header = safetensors.read_header(path)
+    tensors = {ref.name: ref for ref in header.tensors}
+    return Checkpoint(str(path), tensors, header.metadata, shards=(Shard(path.name, header),))
+
+
+def _open_index(path: Path) -> Checkpoint:
+    index = jsonfile.read(path, jsonfile.INDEX_CAP)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError("the index has no weight_map", where=path)
+    shards = []
+    for name in dict.fromkeys(weight_map.values()):
+        shards.append(Shard(name, safetensors.read_header(_contained(path, name))))
+    tensors: dict[str, TensorRef] = {}
+    for shard in shards:
+        for ref in shard.header.tensors:
+            if weight_map.get(ref.name) != shard.name:
+                raise FormatError(
+                    f"{shard.name} holds {ref.name!r}, which the index places in {weight_map.get(ref.name)!r}",
+                    where=path,
+                )
+            tensors[ref.name] = ref
+    missing = [n for n in weight_map if n not in tensors]
+    if missing:
+        raise FormatError(
+            f"the index names {len(missing)} tensors that no shard holds, such as {missing[0]!r}",
+            where=path,
+            hint="the checkpoint is incomplete: fetch it again",
+        )
+    metadata = shards[0].header.metadata
+    return Checkpoint(str(path), tensors, metadata, None, tuple(shards), dict(index), path.name, str(path.parent))
+
+
+def _contained(index: Path, name: object) -> Path:
+    """Return the path of a shard, or raise where its name leaves the index's folder."""
+    refused = FormatError(f"the index points outside its folder: {name!r}", where=index)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise refused
+    for rules in (PurePosixPath(name), PureWindowsPath(name)):
+        if rules.is_absolute() or rules.drive or rules.root or ".." in rules.parts:
+            raise refused
+    path, folder = index.parent / name, index.parent.resolve()
+    real = path.resolve()
+    roots = [folder]
+    if folder.parent.name == "snapshots":  # the Hugging Face cache: snapshots/<commit>/x -> ../../blobs/<digest>
+        roots.append(folder.parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise refused
+    try:
+        mode = real.stat().st_mode
+    except OSError:
+        raise StorageError(
+            "the index names a shard that is missing", where=path, hint="fetch the checkpoint again"
+        ) from None
+    if not stat.S_ISREG(mode):
+        raise FormatError("a shard must be a regular file", where=path)
+    return path
+
+
+def _with_scalars(tensors: Iterable[str] | dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """Read the one-element tensors, so that formats can ask for their value."""
+    assert isinstance(tensors, dict)
+    out, opened = {}, {}
+    try:
+        for name, ref in tensors.items():
+            span = ref.pieces[0] if ref.pieces else None
+            if isinstance(span, Span) and 0 < ref.nbytes <= 8 and all(n == 1 for n in ref.shape):
+                if span.path not in opened:
+                    opened[span.path] = os.open(span.path, os.O_RDONLY)
+                data = os.pread(opened[span.path], span.nbytes, span.offset)
+                out[name] = replace(ref, pieces=(Inline(data),))
+            else:
+                out[name] = ref
+    finally:
+        for fd in opened.values():
+            os.close(fd)
+    return out

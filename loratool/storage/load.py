@@ -1,0 +1,69 @@
+"""TensorRef -> torch.Tensor by positioned reads, and a tensor's bytes for positioned writes.
+
+No mmap: pages of a mapped file count as this process's memory, fault one by one, and a file that shrinks kills the
+process. File descriptors are kept open for the run and shared by threads (pread has no position).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+
+import torch
+
+from loratool import dtypes
+from loratool.errors import StorageError
+from loratool.tensors import Inline, TensorRef
+
+
+class Loader:
+    """Reads references onto one device. Use as a context manager; callable as the `load` of plan.Unit."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, ref: TensorRef) -> torch.Tensor:
+        """Read a tensor in its stored dtype and shape."""
+        dtype = getattr(torch, dtypes.torch_name(ref.dtype))
+        tensor = torch.empty(ref.shape, dtype=dtype)
+        if ref.nbytes:
+            view = as_bytes(tensor)
+            at = 0
+            for piece in ref.pieces:
+                if isinstance(piece, Inline):
+                    view[at : at + piece.nbytes] = piece.data
+                else:
+                    self._read(piece.path, piece.offset, view[at : at + piece.nbytes])
+                at += piece.nbytes
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+    def _read(self, path: str, offset: int, view: memoryview) -> None:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY)
+        fd, done = self._files[path], 0
+        while done < len(view):
+            got = os.preadv(fd, [view[done:]], offset + done)
+            if not got:
+                raise StorageError(f"the file ends at byte {offset + done:,}: was it changed?", where=path)
+            done += got
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the raw bytes of a tensor, copied from the device where there is one."""
+    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    view: memoryview = flat.numpy().data
+    return view

@@ -1,0 +1,28 @@
+"""GPT-2: Conv1D layers (weights stored (in, out)), fused q|k|v columns, a tied head (transformers: models/gpt2).
+
+Files on the Hub omit the leading `transformer.`; files that save_pretrained writes have it.
+"""
+
+from loratool import Architecture, Conv1D, Embedding, Linear, Match, hookimpl
+
+GPT2 = Architecture(
+    name="gpt2",
+    match=Match(model_types=("gpt2",)),
+    layers=(
+        Embedding("transformer.(wte|wpe)", group="embedding", roles=("embed", "position")),
+        Conv1D("transformer.h.{i}.attn.(c_attn|c_proj)", group="attention", roles=("qkv", "o")),
+        Conv1D("transformer.h.{i}.crossattention.(q_attn|c_attn|c_proj)", group="attention", roles=("q", "kv", "o")),
+        Conv1D("transformer.h.{i}.mlp.(c_fc|c_proj)", group="mlp", roles=("up", "down")),
+        Linear("(lm_head|score|classifier)", group="head"),
+    ),
+    default_targets=("c_attn",),
+    prefixes={"": ("transformer.",)},
+    headless=("GPT2Model",),
+    tied=(("transformer.wte", "lm_head"),),
+)
+
+
+@hookimpl
+def register_architectures() -> list[Architecture]:
+    """GPT-2 and its distillations."""
+    return [GPT2]
