@@ -10,6 +10,14 @@ from loratool.architecture import Architecture, Layer
 from loratool.tensors import TensorRef, TensorSource
 
 _WEIGHT = ".weight"
+# transformers classes without a language-model head: their configs say tie_word_embeddings, yet there is nothing to tie
+_UNTIED_CLASSES = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+)
 
 
 class Place(NamedTuple):
@@ -55,7 +63,9 @@ def tied_partner(target: Target, base: TensorSource, architecture: Architecture,
     """Return the weight that shares its values with this one when the model is loaded, or nothing."""
     config = base.config or {}
     classes = config.get("architectures")
-    if isinstance(classes, list) and any(c in architecture.headless for c in classes):
+    if isinstance(classes, list) and any(
+        c in architecture.headless or str(c).endswith(_UNTIED_CLASSES) for c in classes
+    ):
         return ""
     for group in architecture.tied:
         if target.parts[0] not in group:
