@@ -132,7 +132,7 @@ def test_everything_written_is_read_by_the_safetensors_library(kind, saved, adap
                 assert bool(torch.isfinite(opened.get_tensor(name)).all())
 
 
-def tuned_pair(kind, saved, targets, rank, tmp_path, size=0.05):
+def tuned_pair(kind, saved, targets, rank, tmp_path):
     """A base folder, a tuned folder, and the exact updates between them, by name in memory."""
     model, base = saved(kind)
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -143,7 +143,7 @@ def tuned_pair(kind, saved, targets, rank, tmp_path, size=0.05):
             if weight.dim() > 1 and name.removesuffix(".weight").endswith(tuple(targets)):
                 rows, columns = weight.shape[0], weight[0].numel()
                 update = torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
-                weight += size * update.reshape(weight.shape)
+                weight.add_(0.05 * update.reshape(weight.shape))
                 deltas[name] = weight - before[name]
     assert deltas
     model.save_pretrained(tmp_path / "tuned")

@@ -1,0 +1,317 @@
+"""Every spelling of a PEFT adapter is read to the same thing, and scalings are PEFT's own."""
+
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
+import loratool
+from loratool.api import open_adapter
+from loratool.errors import AmbiguityError, FormatError, InputError, LoratoolError, MismatchError
+
+WRAPPER = "base_model.model."
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def merged_bytes(base, adapter, out, **options):
+    loratool.merge(base, [adapter], out, **options)
+    return (out / "model.safetensors").read_bytes()
+
+
+def rewrite(folder, rename):
+    path = folder / "adapter_model.safetensors"
+    save_file({rename(n): t for n, t in load_file(path).items()}, path)
+
+
+def by_module(adapter):
+    return {t.path: d for t, (d,) in adapter.deltas.items()}
+
+
+@pytest.fixture
+def llama(saved, adapter_folder, tmp_path):
+    """A base, an adapter for it, and the bytes of their merge."""
+    model, base = saved("llama")
+    live, folder = adapter_folder(model, target_modules=["q_proj", "v_proj"], r=4, lora_alpha=6)
+    return base, folder, merged_bytes(base, folder, tmp_path / "reference"), live
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda n: n.removeprefix(WRAPPER),
+        lambda n: WRAPPER + n,
+        lambda n: n.replace(".weight", ".default.weight"),
+        lambda n: n.replace(".weight", ".my-style.weight"),
+        lambda n: n.removeprefix(WRAPPER).replace(".weight", ".default.weight"),
+        lambda n: n.replace("base_model.model.model.", "base_model.model."),
+    ],
+    ids=["no wrapper", "two wrappers", "adapter name", "another adapter name", "name, no wrapper", "bare model"],
+)
+def test_every_spelling_of_the_keys_merges_to_the_same_bytes(rename, llama, tmp_path):
+    base, folder, reference, _ = llama
+    rewrite(folder, rename)
+    assert merged_bytes(base, folder, tmp_path / "m") == reference
+
+
+def test_a_mixture_of_wrapped_and_bare_names_is_refused(llama, tmp_path):
+    base, folder, _, _ = llama
+    rewrite(folder, lambda n: n.removeprefix(WRAPPER) if "layers.0" in n else n)
+    with pytest.raises(InputError, match=r"base_model\.model"):
+        loratool.merge(base, [folder], tmp_path / "m")
+
+
+def test_two_adapters_in_one_file_are_refused(llama, tmp_path):
+    base, folder, _, _ = llama
+    rewrite(folder, lambda n: n.replace(".weight", ".one.weight" if "layers.0" in n else ".two.weight"))
+    with pytest.raises(InputError, match="several adapters"):
+        loratool.merge(base, [folder], tmp_path / "m")
+
+
+def test_a_pickled_adapter_needs_the_users_word(llama, tmp_path):
+    base, folder, reference, _ = llama
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(FormatError, match="pickle"):
+        loratool.merge(base, [folder], tmp_path / "m")
+    assert merged_bytes(base, folder, tmp_path / "m", allow_pickle=True) == reference
+
+
+def test_a_named_adapter_is_found_in_its_subfolder(tiny, saved, tmp_path):
+    _, base = saved("llama")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    live = peft.get_peft_model(tiny("llama"), config, adapter_name="style")
+    live.save_pretrained(tmp_path / "outer")
+    assert (tmp_path / "outer/style/adapter_model.safetensors").is_file()
+    whole = merged_bytes(base, tmp_path / "outer", tmp_path / "a")
+    assert whole == merged_bytes(base, tmp_path / "outer/style", tmp_path / "b")
+
+
+def test_several_named_adapters_in_a_folder_are_listed_not_guessed(tiny, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    live = peft.get_peft_model(tiny("llama"), config, adapter_name="one")
+    live.add_adapter("two", config)
+    live.save_pretrained(tmp_path / "outer")
+    with pytest.raises(InputError, match=r"one.*two"):
+        loratool.inspect(tmp_path / "outer")
+
+
+def test_the_weight_file_alone_finds_its_config_beside_it(llama, tmp_path):
+    base, folder, reference, _ = llama
+    assert merged_bytes(base, folder / "adapter_model.safetensors", tmp_path / "m") == reference
+
+
+def test_a_file_without_any_config_needs_its_alpha(llama, tmp_path):
+    base, folder, reference, _ = llama
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(InputError, match="lora_alpha"):
+        loratool.merge(base, [lone], tmp_path / "m")
+    assert any(f.level == "error" and "lora_alpha" in f.what for f in loratool.inspect(lone).findings)
+    assert merged_bytes(base, lone, tmp_path / "m", alpha=6) == reference
+
+
+def test_a_config_in_the_files_header_is_used(llama, tmp_path):
+    base, folder, reference, _ = llama
+    lone = tmp_path / "lone.safetensors"
+    config = (folder / "adapter_config.json").read_text()
+    save_file(load_file(folder / "adapter_model.safetensors"), lone, {"lora_adapter_metadata": config})
+    assert merged_bytes(base, lone, tmp_path / "m") == reference
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"r": NaN', "{" * 100_000])
+def test_a_damaged_config_in_the_header_is_an_error(text, llama, tmp_path):
+    base, folder, _, _ = llama
+    lone = tmp_path / "lone.safetensors"
+    save_file(load_file(folder / "adapter_model.safetensors"), lone, {"lora_adapter_metadata": text})
+    with pytest.raises(InputError, match="lora_adapter_metadata"):
+        loratool.merge(base, [lone], tmp_path / "m")
+
+
+def test_a_file_that_diffusers_saved_is_read_with_its_header(tiny, saved, run_model, tmp_path):
+    _, base = saved("unet")
+    unet = tiny("unet")
+    torch.manual_seed(4)
+    unet.add_adapter(
+        peft.LoraConfig(target_modules=["to_q", "conv1"], r=4, lora_alpha=6, init_lora_weights=False), "style"
+    )
+    unet.save_lora_adapter(tmp_path / "saved", adapter_name="style")
+    (file,) = (tmp_path / "saved").glob("*.safetensors")
+    loratool.merge(base, [file], tmp_path / "m")
+    merged = type(unet).from_pretrained(tmp_path / "m").eval()
+    wanted = run_model("unet", unet.eval())
+    assert not torch.allclose(wanted, run_model("unet", tiny("unet")), atol=1e-3)
+    torch.testing.assert_close(run_model("unet", merged), wanted, rtol=1e-4, atol=1e-5)
+
+
+PATTERNS = {
+    "none": ({}, {}),
+    "plain names": ({"k_proj": 2, "down_proj": 7}, {"q_proj": 1, "k_proj": 3.5}),
+    "overlapping, first wins": (
+        {"q_proj": 8, "layers.0.self_attn.q_proj": 2},
+        {"self_attn.q_proj": 3, "q_proj": 5, r"layers\.1\.self_attn\.q_proj": 7},
+    ),
+    "overlapping, special first": ({"layers.0.self_attn.q_proj": 2, "q_proj": 8}, {}),
+    "anchored": ({"^model.layers.1.self_attn.v_proj": 6}, {"^model.layers.0.self_attn.v_proj": 9, "^v_proj": 100}),
+    "anchored, escaped": ({r"^model\.layers\.1\.self_attn\.v_proj": 6}, {r"^layers\.0\.self_attn\.v_proj": 100}),
+    "regular expressions": ({r"layers\.\d+\.mlp\.(gate|up)_proj": 3}, {r".*\.1\..*o_proj": 11, "[qk]_proj": 13}),
+    "suffix of a word does not count": ({"proj": 9, "_proj": 9}, {"j": 9}),
+    "alternation leaks": ({"q_proj|k_proj": 5}, {"v_proj|o_proj": 7}),
+    "lookahead": ({r"(?!.*layers\.0).*q_proj": 5}, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("rslora", [False, True], ids=["alpha/r", "alpha/sqrt(r)"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_and_scalings_are_those_of_the_live_model(name, rslora, tiny, adapter_folder):
+    ranks, alphas = PATTERNS[name]
+    live, folder = adapter_folder(
+        tiny("llama"), target_modules=LLAMA, r=4, lora_alpha=10, rank_pattern=ranks, alpha_pattern=alphas,
+        use_rslora=rslora,
+    )  # fmt: skip
+    path = folder / "adapter_config.json"
+    # PEFT sorts the patterns when it saves, so its own file can mean something else: put the live order back
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": ranks, "alpha_pattern": alphas}))
+    wanted = {
+        n: (m.r["default"], m.scaling["default"])
+        for n, m in live.get_base_model().named_modules()
+        if hasattr(m, "lora_A")
+    }
+    adapter = open_adapter(folder).require_sound()
+    assert {p: (d.rank, d.scaling) for p, d in by_module(adapter).items()} == wanted
+
+
+MODULES = [f"model.layers.{i}.{m}" for i in (0, 1, 10) for m in ("self_attn.q_proj", "mlp.up_proj")]
+PIECES = ["q_proj", "up_proj", "self_attn", "mlp", r"layers\.1", "layers.1", "^model", "model", ".*", r"\d", "1", "."]
+KEYS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).flatmap(
+    lambda pieces: st.sampled_from([".".join(pieces), r"\.".join(pieces), "".join(pieces)])
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(KEYS, st.integers(1, 64), max_size=5))
+def test_any_alpha_pattern_is_matched_as_peft_matches_it(tmp_path_factory, alphas):
+    folder = tmp_path_factory.mktemp("adapter")
+    factors = {}
+    for module in MODULES:
+        factors[f"{WRAPPER}{module}.lora_A.weight"] = torch.ones(2, 4)
+        factors[f"{WRAPPER}{module}.lora_B.weight"] = torch.ones(3, 2)
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 99, "alpha_pattern": alphas}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    read = by_module(open_adapter(folder).require_sound())
+    assert {m: read[m].scaling for m in MODULES} == {
+        m: alphas.get(get_pattern_key(alphas.keys(), m), 99) / 2 for m in MODULES
+    }
+
+
+def test_a_rank_that_contradicts_the_config_is_an_error(llama, tmp_path):
+    base, folder, _, _ = llama
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": {"q_proj": 3}}))
+    with pytest.raises(InputError, match=r"q_proj: the config says rank 3, the tensors have rank 4"):
+        loratool.merge(base, [folder], tmp_path / "m")
+
+
+@pytest.mark.parametrize("alpha", [0, -1, None, "16", True])
+def test_an_unusable_alpha_is_an_error(alpha, llama, tmp_path):
+    base, folder, _, _ = llama
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": alpha}))
+    with pytest.raises(InputError, match="lora_alpha"):
+        loratool.merge(base, [folder], tmp_path / "m")
+
+
+def test_converting_to_the_same_format_keeps_the_order_of_patterns(tiny, adapter_folder, tmp_path):
+    ranks = {"q_proj": 8, "layers.0.self_attn.q_proj": 2}  # in sorted order the second would come first, and win
+    live, folder = adapter_folder(tiny("llama"), target_modules=["q_proj"], r=4, rank_pattern=ranks)
+    assert {m.r["default"] for m in live.get_base_model().modules() if hasattr(m, "lora_A")} == {8}
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": ranks}))
+    loratool.convert(folder, tmp_path / "again", to="peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        again = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "again")
+    assert {m.r["default"] for m in again.get_base_model().modules() if hasattr(m, "lora_A")} == {8}
+    loratool.convert(folder, tmp_path / "one.safetensors", to="peft")
+    assert {d.rank for d in by_module(open_adapter(tmp_path / "one.safetensors").require_sound()).values()} == {8}
+
+
+def test_embeddings_and_the_base_weight_that_peft_saves_along_are_read(saved, adapter_folder, tmp_path):
+    model, base = saved("llama")
+    _, folder = adapter_folder(model, target_modules=["embed_tokens", "q_proj"], r=3)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    copy = f"{WRAPPER}model.embed_tokens.base_layer.weight"
+    assert copy in tensors  # what PEFT does
+    adapter = open_adapter(folder).require_sound()
+    assert {t.path for t in adapter.base_copies} == {"model.embed_tokens"}
+    delta = by_module(adapter)["model.embed_tokens"]
+    assert delta.down.shape == (3, 64)
+    assert delta.up.shape == (32, 3)
+    tensors[copy] += 1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(MismatchError, match="embed_tokens"):  # a resized or retrained embedding would be lost
+        loratool.merge(base, [folder], tmp_path / "m")
+
+
+def test_convolutions_keep_their_kernels(tiny, adapter_folder):
+    _, folder = adapter_folder(tiny("unet"), target_modules=["conv1", "proj_in"], r=3)
+    deltas = by_module(open_adapter(folder, arch="stable-diffusion").require_sound())
+    for path, module in tiny("unet").named_modules():
+        if path.endswith(("conv1", "proj_in")):
+            out, inside, *kernel = module.weight.shape
+            assert deltas[path].down.shape == (3, inside, *kernel)
+            assert deltas[path].up.shape == (out, 3, 1, 1)
+
+
+def test_names_that_no_family_explains_are_kept_as_they_are(tmp_path):
+    save_file(
+        {f"{WRAPPER}strange.{i}.proj.lora_{f}.weight": torch.ones(2, 2) for i in (0, 1) for f in "AB"},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    report = loratool.inspect(tmp_path)
+    assert report.totals["families"] == []
+    assert [row["module"] for row in report.rows] == ["strange.0.proj", "strange.1.proj"]
+
+
+def test_half_a_pair_is_named(llama, tmp_path):
+    base, folder, _, _ = llama
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[f"{WRAPPER}model.layers.1.self_attn.q_proj.lora_B.weight"]
+    save_file(tensors, path)
+    with pytest.raises(MismatchError, match=r"layers\.1\.self_attn\.q_proj: half a pair: lora_B"):
+        loratool.merge(base, [folder], tmp_path / "m")
+
+
+def test_names_that_two_families_read_differently_are_refused(tmp_path):
+    from loratool import Architecture, Linear, Match
+    from loratool.formats.peft import Peft
+    from loratool.storage import checkpoint
+
+    save_file(
+        {f"{WRAPPER}h.0.proj.lora_{f}.weight": torch.ones(2, 2) for f in "AB"}, tmp_path / "adapter_model.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    families = tuple(
+        Architecture(n, Match(), (Linear(f"{p}.h.{{i}}.proj"),), ("proj",), prefixes={"": (f"{p}.",)})
+        for n, p in (("one", "a"), ("two", "b"))
+    )
+    source = checkpoint.open_adapter(str(tmp_path))
+    with pytest.raises(AmbiguityError, match="one and two"):
+        Peft().read(source, families)
+    assert {t.path for t in Peft().read(source, families[:1]).deltas} == {"a.h.0.proj"}
+
+
+def test_every_refusal_is_a_loratool_error():
+    assert issubclass(AmbiguityError, LoratoolError)
+    assert issubclass(FormatError, InputError)
