@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from math import sqrt
+from time import monotonic
 from typing import Any
 
 from loratool.adapter import Adapter, Finding, Origin, Target
@@ -127,10 +128,12 @@ class Peft:
                 tensors += [delta.down.renamed(f"{modules[target]}.{a}"), delta.up.renamed(f"{modules[target]}.{b}")]
         tensors += [ref.renamed(f"{modules[t]}{_BASE_COPY}") for t, ref in adapter.base_copies.items()]
         config = _make_config(adapter, {t: _bare(m) for t, m in modules.items()})
+        if architecture is not None:  # PEFT warns where this field is not as the layers are
+            config.setdefault("fan_in_fan_out", _all_conv1d(adapter, architecture))
         metadata = {"format": "pt"}
         name = options.get("file", "")
         if name:
-            metadata[_EMBEDDED] = json.dumps(config, sort_keys=True)
+            metadata[_EMBEDDED] = json.dumps(dict(sorted(config.items())))  # the order inside patterns has a meaning
             return Written((TensorFile.new(name, tensors, metadata),))
         return Written(
             (
@@ -248,14 +251,14 @@ class _Scaling:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30  # and no NaN
 
 
 class _Pattern:
     """rank_pattern or alpha_pattern: untrusted regular expressions, matched with a timeout."""
 
     def __init__(self, config: Mapping[str, Any], field: str, findings: list[Finding]) -> None:
-        self.field, self.findings = field, findings
+        self.field, self.findings, self.patience = field, findings, 1.0
         table = config.get(field) or {}
         if not isinstance(table, dict):
             findings.append(error(f"adapter_config.json: {field}", "must be an object"))
@@ -287,16 +290,21 @@ class _Pattern:
 
         try:
             compiled = regex.compile(rf"(.*\.)?({key})$")
-        except regex.error:
+        except (regex.error, RecursionError, OverflowError):
             self.findings.append(error(f"adapter_config.json: {self.field}", f"{key[:80]!r} is not a usable pattern"))
             return lambda module: False
 
         def matches(module: str) -> bool:
+            start = monotonic()
             try:
-                return compiled.match(module, timeout=0.5) is not None
+                return compiled.match(module, timeout=self.patience) is not None
             except TimeoutError:
                 where = f"adapter_config.json: {self.field}"
                 raise FormatError(f"the pattern {key[:80]!r} takes forever", where=where) from None
+            finally:
+                spent = monotonic() - start
+                if spent > 0.01:  # slow ones share one second; thousands of quick ones are normal
+                    self.patience = max(self.patience - spent, 0.001)
 
         return matches
 
@@ -326,6 +334,13 @@ def _embeddings(adapter: Adapter, architecture: Architecture | None) -> set[Targ
         if known and known.layer.kind == "embedding":
             found.add(target)
     return found
+
+
+def _all_conv1d(adapter: Adapter, architecture: Architecture) -> bool:
+    """Whether every matrix that the adapter updates is stored as (in, out), embeddings aside."""
+    known = [architecture.find(t.parts[0], t.component) for t in adapter.deltas]
+    kinds = {k.layer.kind for k in known if k} - {"embedding"}
+    return kinds == {"conv1d"}
 
 
 def _make_config(adapter: Adapter, modules: Mapping[Target, str]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Strict JSON: the files come from strangers, and Python's parser is lenient where leniency changes meaning.
 
-Refused: duplicate keys (the last would win silently), NaN and infinities, numbers that overflow, bottomless nesting,
-files beyond a cap. Caps are bytes.
+Refused: encodings other than UTF-8, halves of surrogate pairs, duplicate keys (the last would win silently), NaN and
+infinities, numbers that overflow, bottomless nesting, files beyond a cap. Caps are bytes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,22 @@ from loratool.errors import FormatError, StorageError
 
 CONFIG_CAP = 10 << 20
 INDEX_CAP = 64 << 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse(data: bytes | str, where: object) -> dict[str, Any]:
     """Parse a JSON object, or raise FormatError naming `where`."""
     try:
-        content = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        content = json.loads(
+            text,
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+        if _SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()  # fails on half a pair, which no file or terminal can hold
     except (ValueError, RecursionError) as error:
         raise FormatError(f"not valid JSON: {_first_line(error)}", where=where) from None
     if not isinstance(content, dict):
@@ -39,8 +50,13 @@ def read(path: Path, cap: int = CONFIG_CAP) -> dict[str, Any]:
 
 
 def dump(content: object) -> bytes:
-    """Serialise as the Hugging Face libraries do: indented, sorted, one newline at the end."""
-    return (json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    """Serialise as the Hugging Face libraries do: indented, fields sorted, one newline at the end.
+
+    Only the fields of the outermost object: in rank_pattern and alpha_pattern the first key that matches wins.
+    """
+    if isinstance(content, dict):
+        content = dict(sorted(content.items()))
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -53,6 +69,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _integer(text: str) -> int | float:
+    return int(text) if text != "-0" else -0.0  # as other parsers read it, so that no size may be spelled so
 
 
 def _finite(text: str) -> float:
