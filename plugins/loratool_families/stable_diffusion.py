@@ -22,10 +22,12 @@ def _unet() -> tuple[Linear | Conv2d, ...]:
         ]
     for block in _RESNETS:
         layers += [
-            Conv2d(f"{block}.(conv1|conv2|conv_shortcut)", "resnet", ("conv1", "conv2", "shortcut"), "unet"),
+            Conv2d(f"{block}.(conv1|conv2)", "resnet", ("conv1", "conv2"), "unet"),
             Linear(f"{block}.time_emb_proj", "resnet", ("time",), "unet"),
         ]
     layers += [
+        # the channels never change in the middle, so mid_block has no shortcut
+        Conv2d(f"{_RESNETS[0]}.conv_shortcut", "resnet", ("shortcut",), "unet"),
         Conv2d("down_blocks.{i}.downsamplers.0.conv", "resample", ("downsample",), "unet"),
         Conv2d("up_blocks.{i}.upsamplers.0.conv", "resample", ("upsample",), "unet"),
         Conv2d("(conv_in|conv_out)", "other", ("in", "out"), "unet"),
