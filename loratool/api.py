@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 from loratool import engine
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, Target
 from loratool.architecture import Architecture
 from loratool.engine import EVERYTHING, Progress, Resources
 from loratool.errors import FormatError, MismatchError, UsageError
@@ -71,6 +72,8 @@ def merge(
     from loratool.operations import merge as operation
 
     plugins = plugins or installed()
+    if not all(map(isfinite, weights)):
+        raise UsageError(f"the weights {list(weights)} are not all numbers", hint="an adapter's weight is such as 0.7")
     if weights and len(weights) != len(adapters):
         raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights", hint="give one weight an adapter")
     opened = checkpoint.open_base(str(base))
@@ -80,9 +83,9 @@ def merge(
         adapter = open_adapter(
             path, arch=architecture.name, format=format, alpha=alpha, allow_pickle=allow_pickle, plugins=plugins
         ).require_sound()
-        adapter, left_out = adapter.selected(target, exclude)
-        skipped[adapter.origin.path] = [str(t) for t in left_out]
-        pairs.append((adapter, weight))
+        selected, left_out = adapter.selected(target, exclude)
+        skipped[adapter.origin.path] = _tensor_names(adapter, left_out)
+        pairs.append((selected, weight))
     plan = operation.plan(
         opened, architecture, pairs, out_name=Path(out).name, dtype=dtype, skipped=skipped, allow_noop=allow_noop
     )
@@ -170,16 +173,16 @@ def resize(
     opened = open_adapter(
         adapter, arch=arch, format=format, alpha=alpha, allow_pickle=allow_pickle, plugins=plugins
     ).require_sound()
-    opened, left_out = opened.selected(target, exclude)
+    selected, left_out = opened.selected(target, exclude)
     spelled = plugins.format(opened.origin.format)
     plan = operation.plan(
-        opened,
-        _architecture(opened, plugins),
+        selected,
+        _architecture(selected, plugins),
         rule,
         spelled,
         dtype=dtype,
         options=_spelling(spelled, Path(out), None),
-        skipped=[str(t) for t in left_out],
+        skipped=_tensor_names(opened, left_out),
     )
     plan.preview.sources["adapter"] = str(adapter)
     return _finish(
@@ -212,14 +215,14 @@ def convert(
     opened = open_adapter(
         adapter, arch=arch, format=format, alpha=alpha, allow_pickle=allow_pickle, plugins=plugins
     ).require_sound()
-    opened, left_out = opened.selected(target, exclude)
+    selected, left_out = opened.selected(target, exclude)
     spelled = plugins.format(to)
     plan = operation.plan(
-        opened,
-        _architecture(opened, plugins),
+        selected,
+        _architecture(selected, plugins),
         spelled,
         options=_spelling(spelled, Path(out), None),
-        skipped=[str(t) for t in left_out],
+        skipped=_tensor_names(opened, left_out),
         drop_unmapped=drop_unmapped,
     )
     plan.preview.sources["adapter"] = str(adapter)
@@ -279,6 +282,12 @@ def open_adapter(
         )
     families = (plugins.architecture(arch),) if arch else plugins.architectures()
     return formats[0].read(source, families)
+
+
+def _tensor_names(adapter: Adapter, targets: Sequence[Target]) -> list[str]:
+    """Return the tensors of some targets, for the ledger."""
+    names = [ref.name for t in targets for delta in adapter.deltas[t] for ref in delta.refs]
+    return names + [adapter.base_copies[t].name for t in targets if t in adapter.base_copies]
 
 
 def _architecture(adapter: Adapter, plugins: Plugins) -> Architecture | None:

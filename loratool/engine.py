@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,8 +45,14 @@ class Resources(NamedTuple):
 
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError("this machine has no CUDA device", hint="--device cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise UsageError(f"no device is called {self.device!r}", hint="--device cpu, cuda, cuda:1 or auto")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"this machine has no {self.device}", hint="--device cpu")
         return self.device
 
 
@@ -55,7 +62,7 @@ EVERYTHING = Resources()
 
 def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progress: Progress | None) -> Report:
     """Run a plan, publish its output at `out`, and return the report. All appears at `out`, or nothing."""
-    with Staging(out, digest(plan), single_file=plan.single_file) as stage:
+    with Staging(out, digest(plan, resources), single_file=plan.single_file) as stage:
         stage.prepare(plan.files)
         stage.prepare_spool(o for unit in plan.units for o in unit.outs if not o.file)
         facts = run(plan.units, resources, stage, progress)
@@ -138,16 +145,14 @@ def _no_spool(name: str, shape: tuple[int, ...]) -> TensorRef:
     raise InputError(f"this plan spooled nothing, and {name} was asked for")
 
 
-def digest(plan: Plan) -> str:
+def digest(plan: Plan, resources: Resources) -> str:
     """Return what identifies a plan and its inputs: a killed run is resumed only by exactly the same one."""
-    state = sha256()
-    sources = set()
+    from loratool import __version__
+
+    state = sha256(f"loratool {__version__} on {resources.device}".encode())
     for text in (*map(repr, plan.units), *map(repr, plan.files)):
         state.update(text.encode())
-    for unit in plan.units:
-        for value in vars(unit).values():
-            sources |= _paths(value)
-    for path in sorted(sources):
+    for path in sorted(_paths((plan.units, plan.files))):
         status = Path(path).stat()
         state.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
     return state.hexdigest()
@@ -159,4 +164,6 @@ def _paths(value: object) -> set[str]:
         return {piece.path for piece in value.pieces if isinstance(piece, Span)}
     if isinstance(value, tuple):
         return set().union(*map(_paths, value))
+    if is_dataclass(value):
+        return set().union(*map(_paths, vars(value).values()))
     return set()

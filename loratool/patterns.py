@@ -21,7 +21,8 @@ from typing import Generic, NamedTuple, TypeVar
 from loratool.errors import UsageError
 
 _ELEMENT = re.compile(r"\{[a-z]\w*\}|\*\*?|[\w-]+")
-_DIGITS = re.compile(r"(?<![^._])\d+(?![^._])")  # a number that is a whole element, dotted or flattened
+_INDEX = re.compile("[0-9]{1,9}")  # int() would also take other scripts' digits, and fail on thousands of them
+_DIGITS = re.compile(r"(?<![^._])[0-9]{1,9}(?![^._])")  # a number that is a whole element, dotted or flattened
 T = TypeVar("T")
 
 
@@ -71,7 +72,7 @@ def _match(elements: tuple[str, ...], path: tuple[str, ...]) -> tuple[int, ...] 
     indices = []
     for element, name in zip(elements, path, strict=False):
         if element.startswith("{"):
-            if not name.isdigit():
+            if not _INDEX.fullmatch(name):
                 return None
             indices.append(int(name))
         elif element not in (name, "*", "**"):
@@ -102,7 +103,7 @@ def flatten(path: str) -> str:
 
 def natural(path: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key that puts layer 2 before layer 10."""
-    return tuple((0, int(e), "") if e.isdigit() else (1, 0, e) for e in path.split("."))
+    return tuple((0, int(e), "") if _INDEX.fullmatch(e) else (1, 0, e) for e in path.split("."))
 
 
 class Found(NamedTuple, Generic[T]):

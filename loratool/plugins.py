@@ -70,13 +70,15 @@ class Plugins:
         """Register one Python file as a plugin for this process (`-p FILE`)."""
         if not path.is_file():
             raise UsageError("no such plugin file", where=path)
+        if self.manager.has_plugin(f"{path}:{path.stem}"):  # -p twice, before and after the verb
+            return
         spec = importlib.util.spec_from_file_location(f"loratool_plugin_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{type(error).__name__}: {error}", where=path) from error
         self.register(module, path.stem, str(path), str(path), "")
 

@@ -109,9 +109,14 @@ def _modules(source: TensorSource) -> tuple[dict[str, Parts], dict[str, float], 
         elif part == "lora_up.weight":
             modules.setdefault(module, Parts()).up = ref
         elif part == "alpha" and all(n == 1 for n in ref.shape):
-            alphas[module] = source.small(name)
+            try:
+                alphas[module] = source.small(name)
+            except ValueError as problem:
+                alphas[module] = 0.0
+                findings.append(error(name, str(problem)))
             if not 0 <= alphas[module] < float("inf"):
                 findings.append(error(name, f"alpha is {alphas[module]}: it must be a positive number"))
+                alphas[module] = 0.0  # reports are JSON, which has no NaN
         else:
             kind = next((what for piece, what in _FOREIGN if part.startswith(piece)), "a tensor of an unknown kind")
             hint = "it is refused so that it cannot be lost"

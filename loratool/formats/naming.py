@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from loratool import dtypes
 from loratool.adapter import Delta, Finding, LowRank, Target
 from loratool.architecture import Architecture, Known
 from loratool.errors import AmbiguityError
@@ -33,8 +34,10 @@ def error(where: str, what: str, hint: str = "") -> Finding:
 
 
 def shape_problem(down: TensorRef, up: TensorRef) -> str:
-    """Say what is wrong with the shapes of a pair, or nothing."""
+    """Say what is wrong with the shapes or dtypes of a pair, or nothing."""
     shapes = f"down {list(down.shape)}, up {list(up.shape)}"
+    if not all(dtypes.torch_name(ref.dtype).startswith(("float", "bfloat")) for ref in (down, up)):
+        return f"the factors are no floating-point numbers: down {down.dtype}, up {up.dtype}"
     if len(down.shape) < 2 or len(up.shape) != len(down.shape):
         return f"the factors have no matching dimensions: {shapes}"
     if 0 in down.shape or 0 in up.shape:

@@ -82,6 +82,8 @@ class ExtractModule:
             return {"same": True}
         D = self._difference(load)
         total = D.squared_norm()
+        if total == 0:  # the same values in another dtype
+            return {"same": True}
         if not isfinite(total):
             raise InputError("the weights hold NaN or infinity", where=self.tuned.name)
         seed = int.from_bytes(sha256(self.key.encode()).digest()[:7], "big")
@@ -143,7 +145,7 @@ class CompareRest:
         for start, stop in self.tuned.panels(TILE):
             tuned, base = load(self.tuned.rows(start, stop)), load(self.base.rows(start, stop))
             total += float((tuned.double() - base.double()).square().sum())
-        return {"changed": "", "total": total}
+        return {"changed": "", "total": total} if total else {}
 
 
 def same_bytes(one: TensorRef, two: TensorRef, load: Load) -> bool:
@@ -194,6 +196,11 @@ def plan(
     ledger = Ledger()
     ledger.note(tuned.path, [u.tuned.name for u in modules], "extracted")
     ledger.note(tuned.path, [u.tuned.name for u in remaining], "compared")
+    ledger.note(base.path, [u.base.name for u in modules], "extracted")
+    ledger.note(base.path, [u.base.name for u in remaining if u.base], "compared")
+    lost = ledger.open_names(base.path, base.tensors)
+    ledger.note(base.path, lost, "only in the base")
+    report.findings += [Finding("warning", name, "is only in the base: the adapter cannot say so") for name in lost]
     report.ledger = ledger.summary()
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:

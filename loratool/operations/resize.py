@@ -160,5 +160,5 @@ def settled_factors(outs: Sequence[Out], rank: int, spooled: Spooled) -> LowRank
 def _ledger(adapter: Adapter, skipped: Sequence[str]) -> Ledger:
     ledger = Ledger()
     ledger.note(adapter.origin.path, adapter.names, "used")
-    ledger.note(adapter.origin.path, skipped, "dropped")
+    ledger.note(adapter.origin.path, skipped, "skipped")
     return ledger

@@ -166,6 +166,8 @@ def _open_index(path: Path) -> Checkpoint:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("the index has no weight_map", where=path)
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise FormatError("the index's weight_map must map tensors to file names", where=path)
     shards = []
     for name in dict.fromkeys(weight_map.values()):
         shards.append(Shard(name, safetensors.read_header(_contained(path, name))))
@@ -189,10 +191,10 @@ def _open_index(path: Path) -> Checkpoint:
     return Checkpoint(str(path), tensors, metadata, None, tuple(shards), dict(index), path.name, str(path.parent))
 
 
-def _contained(index: Path, name: object) -> Path:
+def _contained(index: Path, name: str) -> Path:
     """Return the path of a shard, or raise where its name leaves the index's folder."""
     refused = FormatError(f"the index points outside its folder: {name!r}", where=index)
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not name or "\0" in name:
         raise refused
     for rules in (PurePosixPath(name), PureWindowsPath(name)):
         if rules.is_absolute() or rules.drive or rules.root or ".." in rules.parts:

@@ -49,6 +49,8 @@ def read_header(path: Path) -> Header:
         raise StorageError(f"cannot be read: {error.strerror}", where=path) from None
     if len(text) < length:
         raise FormatError(f"the file ends inside its header ({size:,} bytes)", where=path, hint=_DAMAGED)
+    if not text.startswith(b"{"):  # the library does not skip white space here
+        raise FormatError("the header is not a JSON object: not a safetensors file?", where=path)
     entries = jsonfile.parse(text, path)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -66,12 +68,16 @@ _DAMAGED = "the file is damaged or its download was cut off: fetch it again"
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorRef:
     try:
-        dtype, shape, (low, high) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers = (*shape, low, high)
+        dtype, sizes, (low, high) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if len(entry) != 3 or not isinstance(sizes, list) or not isinstance(entry["data_offsets"], list):
+            raise ValueError
+        shape, numbers = tuple(sizes), (*sizes, low, high)
     except (KeyError, TypeError, ValueError):
         raise FormatError(f"the header entry of {name!r} is malformed", where=path) from None
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise FormatError(f"the header entry of {name!r} has impossible numbers", where=path)
+    if prod(n for n in shape if n) >= 1 << 63:  # 0 x 2^40 x 2^40 has no bytes, and no torch tensor either
+        raise FormatError(f"{name!r} has the impossible shape {list(shape)}", where=path)
     if not isinstance(dtype, str) or not dtypes.is_known(dtype):
         raise FormatError(f"{name!r} has the unknown dtype {dtype!r}", where=path)
     if prod(shape) * dtypes.itemsize(dtype) != high - low:

@@ -28,7 +28,10 @@ def read(path: Path) -> dict[str, TensorRef]:
         ) from None
     if not isinstance(content, dict):
         raise FormatError(f"expected a dict of tensors, found a {type(content).__name__}", where=path)
-    return {str(name): _inline(path, str(name), value) for name, value in content.items()}
+    tensors = (value for value in content.values() if isinstance(value, torch.Tensor))
+    if sum(t.numel() * t.element_size() for t in tensors) > 2 * path.stat().st_size:  # many views of one storage
+        raise FormatError("the tensors claim more elements than the file stores", where=path)
+    return {name: _inline(path, name, value) for name, value in content.items()}
 
 
 def _check_archive(path: Path) -> None:
@@ -42,11 +45,16 @@ def _check_archive(path: Path) -> None:
             raise FormatError("the archive claims more bytes than the file has", where=path)
 
 
-def _inline(path: Path, name: str, value: Any) -> TensorRef:
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+def _inline(path: Path, name: object, value: Any) -> TensorRef:
+    if not isinstance(name, str):
+        raise FormatError(f"the name {name!r} is not a string", where=path)
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
         raise FormatError(f"{name!r} is not a dense tensor", where=path)
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():
         raise FormatError(f"{name!r} claims more elements than it stores", where=path)
-    dtype = dtypes.from_torch_name(str(value.dtype).removeprefix("torch."))
-    data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    try:
+        dtype = dtypes.from_torch_name(str(value.dtype).removeprefix("torch."))
+    except KeyError:
+        raise FormatError(f"{name!r} has a dtype unknown to safetensors: {value.dtype}", where=path) from None
+    data = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return TensorRef(name, tuple(value.shape), dtype, (Inline(data),))

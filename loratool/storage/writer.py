@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -62,33 +63,51 @@ class Staging:
         self._fds: dict[str, int] = {}
         self._lock = -1
         self._journal = -1
+        self._made: list[Path] = []  # folders above the output that this run created
 
     # -- life ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Staging:
         try:
+            self._made = [p for p in self.out.parents if not p.exists()]
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _take_lock(self._lock_path)
             for stale in self.out.parent.glob(f".{_glob_escape(self.out.name)}.loratool-*"):
                 if stale != self.root:
                     shutil.rmtree(stale, ignore_errors=True)
             self._resume()
-        except OSError as error:
-            raise _storage_error(error, self.out) from None
+        except BaseException as error:  # __exit__ is not called for what fails here
+            self._leave()
+            if isinstance(error, OSError):
+                raise _storage_error(error, self.out) from None
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave()
+        if isinstance(error, OSError):
+            raise _storage_error(error, self.out) from error
+
+    def _leave(self) -> None:
+        """Remove what was staged and give the lock back. What a run without the lock finds belongs to another run."""
         for fd in (*self._fds.values(), self._journal):
             if fd >= 0:
                 os.close(fd)
-        shutil.rmtree(self.root, ignore_errors=True)
         if self._lock >= 0:
+            with suppress(OSError):
+                self._forget()
+            shutil.rmtree(self.root, ignore_errors=True)
             self._lock_path.unlink(missing_ok=True)
             os.close(self._lock)
-        if isinstance(error, OSError):
-            raise _storage_error(error, self.out) from error
+        for folder in self._made:
+            with suppress(OSError):  # not empty: it holds the output, or somebody else's
+                folder.rmdir()
+
+    def _forget(self) -> None:
+        """Remove the journal: from here on the payload may go, piece by piece, and no later run may trust the rest."""
+        (self.root / "journal").unlink(missing_ok=True)
 
     @property
     def _lock_path(self) -> Path:
@@ -131,7 +150,9 @@ class Staging:
         infos = [ref.info for ref in file.tensors]
         header = file.header or safetensors.make_header(infos, file.metadata)
         size = len(header) + sum(info.nbytes for info in infos)
-        if path.exists() and f"file:{file.name}" in self.done:  # left by the killed run that is being resumed
+        # left by the killed run that is being resumed; files that settle made may differ from what it made
+        resumed = f"file:{file.name}" in self.done and _starts_with(path, header, size)
+        if resumed:
             self._fds[file.name] = os.open(path, os.O_RDWR)
         else:
             path.unlink(missing_ok=True)
@@ -142,7 +163,7 @@ class Staging:
         for ref in file.tensors:
             row = ref.nbytes // ref.shape[0] if ref.shape and ref.shape[0] else ref.nbytes
             self._places[file.name, ref.name] = places[ref.name], row
-        if f"file:{file.name}" not in self.done:
+        if not resumed:
             _copy_runs(self._fds[file.name], file.tensors, places)
             self.record(f"file:{file.name}", {})
 
@@ -189,6 +210,7 @@ class Staging:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         source = self.payload / files[0].name if self.single_file else self.payload
         _fsync(self.payload)
+        self._forget()  # after an exchange the payload is the old output: it must not be resumed as the new one
         _publish(source, self.out, force)
         _fsync(self.out.parent)
 
@@ -280,6 +302,13 @@ def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
+def _starts_with(path: Path, header: bytes, size: int) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
 def _allocate(fd: int, size: int, out: Path) -> None:
     free = os.fstatvfs(fd)
     if size > free.f_bavail * free.f_frsize:
@@ -288,8 +317,7 @@ def _allocate(fd: int, size: int, out: Path) -> None:
             where=out,
             hint="choose another disk",
         )
-    if size:
-        os.posix_fallocate(fd, 0, size)
+    os.ftruncate(fd, size)  # not fallocate: writing into unwritten extents costs ext4 up to five times the CPU
 
 
 def _check_written(path: Path, file: TensorFile) -> None:
