@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,40 +17,48 @@ from loratool.storage import checkpoint
 
 FIXTURES = Path(__file__).parents[2] / "../shared/fixtures"
 
-# family, component, builder, its options; every weight of two or more dimensions must be a layer, without exception
+
+class Head(NamedTuple):
+    family: str
+    component: str
+    builder: str
+    options: dict[str, Any]
+
+
+# every weight of two or more dimensions must be a layer, without exception
 HEADS = [
-    ("llama", "", "llama", {}),
-    ("llama", "", "llama", {"cls": "LlamaForSequenceClassification"}),
-    ("llama", "", "llama", {"cls": "LlamaForTokenClassification"}),
-    ("llama", "", "llama-bare", {}),
-    ("llama", "", "mistral", {}),
-    ("llama", "", "llama", {"cls": "MistralForSequenceClassification"}),
-    ("llama", "", "llama", {"cls": "MistralModel"}),
-    ("gpt2", "", "gpt2", {}),
-    ("gpt2", "", "gpt2", {"add_cross_attention": True}),
-    ("gpt2", "", "gpt2", {"cls": "GPT2ForSequenceClassification"}),
-    ("gpt2", "", "gpt2", {"cls": "GPT2ForTokenClassification"}),
-    ("gpt2", "", "gpt2-bare", {}),
-    ("bert", "", "bert", {}),
-    ("bert", "", "bert", {"cls": "BertForMaskedLM", "tie_word_embeddings": False}),
-    ("bert", "", "bert", {"cls": "BertForPreTraining"}),
-    ("bert", "", "bert", {"cls": "BertForNextSentencePrediction"}),
-    ("bert", "", "bert", {"cls": "BertForTokenClassification"}),
-    ("bert", "", "bert", {"cls": "BertForQuestionAnswering"}),
-    ("bert", "", "bert", {"cls": "BertForMultipleChoice"}),
-    ("bert", "", "bert", {"cls": "BertLMHeadModel", "is_decoder": True, "add_cross_attention": True}),
-    ("bert", "", "bert-bare", {}),
-    ("distilbert", "", "distilbert", {}),
-    ("distilbert", "", "distilbert", {"cls": "DistilBertForMaskedLM", "tie_word_embeddings": False}),
-    ("distilbert", "", "distilbert", {"cls": "DistilBertForQuestionAnswering"}),
-    ("distilbert", "", "distilbert", {"cls": "DistilBertForTokenClassification"}),
-    ("distilbert", "", "distilbert-bare", {}),
-    ("stable-diffusion", "unet", "unet", {}),
-    ("stable-diffusion", "unet", "unet", {"layers_per_block": 2, "block_out_channels": (16, 32)}),
-    ("stable-diffusion", "text_encoder", "clip", {}),
+    Head("llama", "", "llama", {}),
+    Head("llama", "", "llama", {"cls": "LlamaForSequenceClassification"}),
+    Head("llama", "", "llama", {"cls": "LlamaForTokenClassification"}),
+    Head("llama", "", "llama-bare", {}),
+    Head("llama", "", "mistral", {}),
+    Head("llama", "", "llama", {"cls": "MistralForSequenceClassification"}),
+    Head("llama", "", "llama", {"cls": "MistralModel"}),
+    Head("gpt2", "", "gpt2", {}),
+    Head("gpt2", "", "gpt2", {"add_cross_attention": True}),
+    Head("gpt2", "", "gpt2", {"cls": "GPT2ForSequenceClassification"}),
+    Head("gpt2", "", "gpt2", {"cls": "GPT2ForTokenClassification"}),
+    Head("gpt2", "", "gpt2-bare", {}),
+    Head("bert", "", "bert", {}),
+    Head("bert", "", "bert", {"cls": "BertForMaskedLM", "tie_word_embeddings": False}),
+    Head("bert", "", "bert", {"cls": "BertForPreTraining"}),
+    Head("bert", "", "bert", {"cls": "BertForNextSentencePrediction"}),
+    Head("bert", "", "bert", {"cls": "BertForTokenClassification"}),
+    Head("bert", "", "bert", {"cls": "BertForQuestionAnswering"}),
+    Head("bert", "", "bert", {"cls": "BertForMultipleChoice"}),
+    Head("bert", "", "bert", {"cls": "BertLMHeadModel", "is_decoder": True, "add_cross_attention": True}),
+    Head("bert", "", "bert-bare", {}),
+    Head("distilbert", "", "distilbert", {}),
+    Head("distilbert", "", "distilbert", {"cls": "DistilBertForMaskedLM", "tie_word_embeddings": False}),
+    Head("distilbert", "", "distilbert", {"cls": "DistilBertForQuestionAnswering"}),
+    Head("distilbert", "", "distilbert", {"cls": "DistilBertForTokenClassification"}),
+    Head("distilbert", "", "distilbert-bare", {}),
+    Head("stable-diffusion", "unet", "unet", {}),
+    Head("stable-diffusion", "unet", "unet", {"layers_per_block": 2, "block_out_channels": (16, 32)}),
+    Head("stable-diffusion", "text_encoder", "clip", {}),
 ]
 KINDS = {"linear": torch.nn.Linear, "conv1d": Conv1D, "conv2d": torch.nn.Conv2d, "embedding": torch.nn.Embedding}
-IDS = [" ".join([b, *map(str, o.values())]) for _, _, b, o in HEADS]
+IDS = [" ".join([h.builder, *map(str, h.options.values())]) for h in HEADS]
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +79,25 @@ def saved_modules(folder: Path) -> Iterable[str]:
                 yield name.removesuffix(".weight")
 
 
-@pytest.mark.parametrize(("family", "component", "builder", "options"), HEADS, ids=IDS)
-def test_every_matrix_of_the_model_is_a_layer_of_the_right_kind(family, component, builder, options, plugins, tiny):
-    model = tiny(builder, **options)
-    architecture = plugins.architecture(family)
+@pytest.mark.parametrize("head", HEADS, ids=IDS)
+def test_every_matrix_of_the_model_is_a_layer_of_the_right_kind(head, plugins, tiny):
+    model = tiny(head.builder, **head.options)
+    architecture = plugins.architecture(head.family)
     modules = dict(model.named_modules())
     found = matrices(model)
     assert found
     for name in found:
         known = architecture.find(name)
         assert known is not None, name
-        assert known.component == component
+        assert known.component == head.component
         assert isinstance(modules[name], KINDS[known.layer.kind]), (name, known.layer.kind)
         assert known.layer.transposed == isinstance(modules[name], (Conv1D, torch.nn.Embedding))
 
 
-@pytest.mark.parametrize(("family", "component", "builder", "options"), HEADS, ids=IDS)
-def test_names_in_memory_and_on_disk_mean_the_same_layers(family, component, builder, options, plugins, saved):
-    model, folder = saved(builder, **options)
-    architecture = plugins.architecture(family)
+@pytest.mark.parametrize("head", HEADS, ids=IDS)
+def test_names_in_memory_and_on_disk_mean_the_same_layers(head, plugins, saved):
+    model, folder = saved(head.builder, **head.options)
+    architecture = plugins.architecture(head.family)
     in_memory = {architecture.find(n).path for n in matrices(model)}
     on_disk = {architecture.find(n).path for n in saved_modules(folder)}
     assert on_disk <= in_memory
@@ -96,24 +105,24 @@ def test_names_in_memory_and_on_disk_mean_the_same_layers(family, component, bui
     assert in_memory - on_disk <= tied  # of tied weights one is saved
 
 
-@pytest.mark.parametrize(("family", "component", "builder", "options"), HEADS, ids=IDS)
-def test_in_memory_names_are_those_of_the_live_model(family, component, builder, options, plugins, tiny):
-    model = tiny(builder, **options)
-    architecture = plugins.architecture(family)
+@pytest.mark.parametrize("head", HEADS, ids=IDS)
+def test_in_memory_names_are_those_of_the_live_model(head, plugins, tiny):
+    model = tiny(head.builder, **head.options)
+    architecture = plugins.architecture(head.family)
     for name in matrices(model):
         known = architecture.find(name)
-        assert architecture.in_memory(component, known.path, type(model).__name__) == name
+        assert architecture.in_memory(head.component, known.path, type(model).__name__) == name
 
 
-@pytest.mark.parametrize(("family", "component", "builder", "options"), HEADS, ids=IDS)
-def test_flat_names_come_back_to_one_module_each(family, component, builder, options, plugins, tiny):
-    model = tiny(builder, **options)
-    architecture = plugins.architecture(family)
+@pytest.mark.parametrize("head", HEADS, ids=IDS)
+def test_flat_names_come_back_to_one_module_each(head, plugins, tiny):
+    model = tiny(head.builder, **head.options)
+    architecture = plugins.architecture(head.family)
     paths = {architecture.find(n).path for n in matrices(model)}
-    flat = {p: architecture.kohya_prefixes[component] + "_" + p.replace(".", "_") for p in paths}
+    flat = {p: architecture.kohya_prefixes[head.component] + "_" + p.replace(".", "_") for p in paths}
     assert len(set(flat.values())) == len(paths)  # nothing collides
     for path, name in flat.items():
-        assert [(k.component, k.path) for k in architecture.unflatten(name)] == [(component, path)]
+        assert [(k.component, k.path) for k in architecture.unflatten(name)] == [(head.component, path)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert", "stable-diffusion"])
@@ -132,22 +141,20 @@ def test_every_pattern_of_a_family_occurs_in_some_model(family, plugins, tiny):
     assert unseen == set()
 
 
-@pytest.mark.parametrize(("family", "component", "builder", "options"), HEADS, ids=IDS)
-def test_the_family_of_a_saved_model_is_found_by_config_and_by_names(
-    family, component, builder, options, plugins, saved
-):
-    _, folder = saved(builder, **options)
+@pytest.mark.parametrize("head", HEADS, ids=IDS)
+def test_the_family_of_a_saved_model_is_found_by_config_and_by_names(head, plugins, saved):
+    _, folder = saved(head.builder, **head.options)
     base = checkpoint.open_base(str(folder))
-    assert family_of(base, plugins).architecture.name == family
+    assert family_of(base, plugins).architecture.name == head.family
     (folder / "config.json").unlink()
     (file,) = folder.glob("*.safetensors")
-    assert family_of(checkpoint.open_base(str(file)), plugins).architecture.name == family
+    assert family_of(checkpoint.open_base(str(file)), plugins).architecture.name == head.family
 
 
-@pytest.mark.parametrize(("family", "component", "builder", "options"), HEADS, ids=IDS)
-def test_no_two_families_claim_one_model(family, component, builder, options, plugins, tiny):
-    names = matrices(tiny(builder, **options))
-    assert [a.name for a in plugins.architectures() if a.explains(names)] == [family]
+@pytest.mark.parametrize("head", HEADS, ids=IDS)
+def test_no_two_families_claim_one_model(head, plugins, tiny):
+    names = matrices(tiny(head.builder, **head.options))
+    assert [a.name for a in plugins.architectures() if a.explains(names)] == [head.family]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "bert"])
