@@ -98,13 +98,15 @@ def run(
             stage.write(out, row, as_bytes(tensor))
 
         total = sum(u.work for u in units)
+        finished = total - sum(u.work for u in pending)
         with _one_thread_each(), Loader(resources.chosen_device()) as load:
             for unit, fact in _completed(pending, load, emit, resources):
                 facts[unit.key] = fact
                 if stage:
                     stage.record(unit.key, fact)
+                finished += unit.work
                 if progress:
-                    progress(sum(u.work for u in units if u.key in facts), total)
+                    progress(finished, total)
     return {u.key: facts[u.key] for u in units}
 
 

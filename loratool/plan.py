@@ -34,9 +34,12 @@ class Out(NamedTuple):
 
 
 class Load(Protocol):
-    """`load(ref)` reads a tensor in its stored dtype onto the run's device."""
+    """`load(ref)` reads a tensor in its stored dtype onto the run's device.
 
-    def __call__(self, ref: TensorRef) -> torch.Tensor:
+    `into` is a buffer in main memory to read into: fresh pages cost more than the reading itself.
+    """
+
+    def __call__(self, ref: TensorRef, into: torch.Tensor | None = None) -> torch.Tensor:
         """Read `ref`."""
 
 

@@ -75,7 +75,9 @@ class TensorRef:
     def rows(self, start: int, stop: int) -> TensorRef:
         """Rows `start` to `stop` of the first axis, as another reference."""
         row = self.nbytes // self.shape[0] if self.shape[0] else 0
-        return replace(self, shape=(stop - start, *self.shape[1:]), pieces=_cut(self.pieces, start * row, stop * row))
+        return TensorRef(
+            self.name, (stop - start, *self.shape[1:]), self.dtype, _cut(self.pieces, start * row, stop * row)
+        )
 
     def panels(self, nbytes: int) -> list[tuple[int, int]]:
         """Cut the first axis into panels of about `nbytes`: (start, stop) pairs that depend on shape and dtype only.

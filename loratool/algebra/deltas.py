@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 
 
@@ -25,4 +27,4 @@ def as_factors(
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite. The sum is one pass; only a suspicious sum is looked into."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -25,10 +25,10 @@ class Loader:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, ref: TensorRef) -> torch.Tensor:
-        """Read a tensor in its stored dtype and shape."""
+    def __call__(self, ref: TensorRef, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Read a tensor in its stored dtype and shape, into the contiguous CPU tensor `into` where one is given."""
         dtype = getattr(torch, dtypes.torch_name(ref.dtype))
-        tensor = torch.empty(ref.shape, dtype=dtype)
+        tensor = torch.empty(ref.shape, dtype=dtype) if into is None else into
         if ref.nbytes:
             view = as_bytes(tensor)
             at = 0
