@@ -1,0 +1,205 @@
+"""Factor algebra against torch.linalg on the dense product, in fp64."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loratool.algebra import lowrank, rank
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def zero_columns(up, down):
+    up[:, ::2] = 0
+    down[1::3] = 0
+
+
+def duplicates(up, down):
+    up[:, 1:] = up[:, :1]
+    down[-1] = down[0]
+
+
+def graded(up, down):
+    up *= torch.logspace(0, -9, up.shape[1], dtype=up.dtype)
+    down *= torch.logspace(6, 0, down.shape[0], dtype=down.dtype)[:, None]
+
+
+def opposite_scales(up, down):
+    up *= 1e12
+    down *= 1e-12
+
+
+def nearly_dependent(up, down):
+    up[:, -1] = up[:, 0] + 1e-9 * up[:, -1]
+
+
+def zero_up(up, down):
+    up.zero_()
+
+
+CASES = {
+    "plain": lambda up, down: None,
+    "zero columns": zero_columns,
+    "duplicate columns": duplicates,
+    "graded over 15 decades": graded,
+    "opposite scales": opposite_scales,
+    "nearly dependent": nearly_dependent,
+    "up is zero": zero_up,
+}
+SHAPES = [(40, 30, 4), (30, 40, 4), (16, 200, 8), (5, 7, 5), (6, 9, 12), (9, 6, 40), (1, 8, 3), (8, 1, 3), (12, 10, 1)]
+
+
+def check(up, down, tolerance):
+    """Everything that the SVD of up @ down must be, against the dense product."""
+    M = up.double() @ down.double()
+    sigma = torch.linalg.svdvals(M)
+    scale = float(sigma[0]) or 1.0
+    svd = lowrank.compress(up, down)
+    k = len(svd.sigma)
+    assert k <= min(up.shape[1], *M.shape)
+    wanted = torch.zeros(k, dtype=torch.float64)
+    wanted[: min(k, len(sigma))] = sigma[:k]
+    assert bool((svd.sigma[:-1] >= svd.sigma[1:]).all())
+    assert bool((svd.sigma >= 0).all())
+    torch.testing.assert_close(svd.sigma, wanted, rtol=0, atol=tolerance * scale)
+    assert float((svd.left * svd.sigma @ svd.right - M).norm()) <= tolerance * scale * k**0.5
+    tail = torch.cat([sigma, torch.zeros(1)])
+    for keep in {1, (k + 1) // 2, k}:  # Eckart and Young: no rank-k matrix is nearer
+        best = float(tail[keep:].norm())
+        left, right = svd.balanced(keep)
+        assert left.shape == (M.shape[0], keep)
+        assert right.shape == (keep, M.shape[1])
+        assert float((left @ right - M).norm()) <= best + tolerance * scale * k**0.5
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compress_is_the_svd_of_the_dense_product(shape, case):
+    m, n, r = shape
+    up, down = random(m, r, seed=1), random(r, n, seed=2)
+    CASES[case](up, down)
+    check(up, down, 1e-11 if case != "nearly dependent" else 1e-10)
+
+
+SIZES = st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(1, 30))
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES, DTYPES, st.integers(0, 10**6), st.integers(1, 30))
+def test_compress_holds_for_any_shape_rank_and_dtype(sizes, dtype, seed, independent):
+    m, n, r = sizes
+    up, down = random(m, r, seed=seed), random(r, n, seed=seed + 1)
+    if independent < r:
+        up[:, independent:] = up[:, :1]  # the other columns repeat the first
+    check(up.to(dtype), down.to(dtype), 1e-11)
+
+
+def test_orthonormal_sides_for_well_conditioned_factors():
+    svd = lowrank.compress(random(50, 6), random(6, 40, seed=1))
+    eye = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(svd.left.T @ svd.left, eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(svd.right @ svd.right.T, eye, rtol=0, atol=1e-12)
+
+
+def test_balanced_factors_share_every_singular_value_equally():
+    svd = lowrank.compress(1e6 * random(50, 6), 1e-3 * random(6, 40, seed=1))
+    up, down = svd.balanced(6)
+    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(up.norm(dim=0) ** 2, svd.sigma, rtol=1e-10, atol=0)
+
+
+def test_signs_are_fixed_so_that_other_factors_of_one_update_give_the_same_result():
+    up, down = random(50, 6), random(6, 40, seed=1)
+    mix = random(6, 6, seed=3)
+    one, two = lowrank.compress(up, down), lowrank.compress(up @ mix, torch.linalg.inv(mix) @ down)
+    torch.testing.assert_close(one.left, two.left, rtol=0, atol=1e-9)
+    torch.testing.assert_close(one.right, two.right, rtol=0, atol=1e-9)
+    pivots = one.left.gather(0, one.left.abs().argmax(0, keepdim=True))
+    assert bool((pivots > 0).all())
+
+
+def test_compress_gives_the_same_bits_again():
+    up, down = random(50, 6), random(6, 40, seed=1)
+    one, two = lowrank.compress(up, down), lowrank.compress(up.clone(), down.clone())
+    assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_singular_values_are_those_of_the_dense_product(shape, case):
+    m, n, r = shape
+    up, down = random(m, r, seed=1), random(r, n, seed=2)
+    CASES[case](up, down)
+    got = lowrank.singular_values(up, down)
+    wanted = torch.linalg.svdvals(up @ down)
+    k = min(len(got), len(wanted))
+    scale = max(float(wanted[0]), 1e-300)
+    torch.testing.assert_close(got[:k], wanted[:k], rtol=0, atol=1e-12 * scale)
+    assert not bool((got[k:] > 1e-12 * scale).any())
+    assert not bool((wanted[k:] > 1e-12 * scale).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_inner_products_and_norms_are_those_of_the_dense_products(dtype):
+    up1, down1 = random(20, 3, seed=1).to(dtype), random(3, 15, seed=2).to(dtype)
+    up2, down2 = random(20, 5, seed=3).to(dtype), random(5, 15, seed=4).to(dtype)
+    A, B = up1.double() @ down1.double(), up2.double() @ down2.double()
+    assert lowrank.inner(up1, down1, up2, down2) == pytest.approx(float((A * B).sum()), rel=1e-12)
+    assert lowrank.squared_norm(up1, down1) == pytest.approx(float(A.square().sum()), rel=1e-12)
+    assert lowrank.squared_norm(up1 * 0, down1) == 0.0
+
+
+def test_adding_concatenates_exactly():
+    terms = [(random(9, r, seed=r), random(r, 7, seed=-r), w) for r, w in ((1, 1.0), (3, -0.5), (5, 2.0))]
+    up, down = lowrank.add(terms)
+    assert up.shape == (9, 9)
+    torch.testing.assert_close(up @ down, sum(w * u @ d for u, d, w in terms), rtol=1e-13, atol=1e-13)
+    assert torch.equal(down, torch.cat([d for _, d, _ in terms]))
+
+
+SPECTRA = st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=20).map(
+    lambda values: torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+)
+
+
+@given(SPECTRA, st.integers(1, 50))
+def test_a_fixed_rank_is_kept_within_what_exists(sigma, wanted):
+    got = rank.fixed(sigma, wanted)
+    assert got == min(wanted, len(sigma))
+    assert rank.fixed(sigma, 0) == 1
+
+
+@given(SPECTRA, st.floats(1e-6, 1.0))
+def test_energy_keeps_the_least_rank_that_is_enough(sigma, share):
+    got = rank.energy(sigma, share)
+    squares = (sigma**2).tolist()
+    sums = list(itertools.accumulate(squares))
+    assert 1 <= got <= len(sigma)
+    assert sums[got - 1] >= share * sums[-1] * (1 - 1e-14)
+    if got > 1:
+        assert sums[got - 2] < share * sums[-1] * (1 + 1e-14)
+
+
+@given(SPECTRA, st.floats(1e-3, 1.0), st.floats(1e-3, 1.0))
+def test_more_energy_never_needs_a_smaller_rank(sigma, one, two):
+    low, high = sorted((one, two))
+    assert rank.energy(sigma, low) <= rank.energy(sigma, high)
+
+
+@pytest.mark.parametrize(("sigma", "wanted"), [([0.0, 0.0], 1), ([1.0, 0.0, 0.0], 1), ([1.0, 1.0, 0.0], 2)])
+def test_all_energy_stops_where_the_spectrum_ends(sigma, wanted):
+    assert rank.energy(torch.tensor(sigma), 1.0) == wanted
+
+
+@given(SPECTRA, st.integers(1, 25))
+def test_retained_energy_is_a_share_that_grows_to_one(sigma, keep):
+    share = rank.retained(sigma, keep)
+    assert 0.0 <= share <= 1.0 + 1e-12
+    assert rank.retained(sigma, len(sigma)) == pytest.approx(1.0)
+    assert rank.retained(sigma, keep + 1) >= share - 1e-12
