@@ -121,6 +121,7 @@ class Staging:
             shutil.rmtree(self.root, ignore_errors=True)
             self.payload.mkdir(parents=True, mode=0o700)
             journal.write_bytes(boot + b"\n")
+            lines = [boot]
         for line in lines[1:]:
             try:
                 key, facts = json.loads(line)
