@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pluggy
 
@@ -27,6 +27,9 @@ from loratool.architecture import Architecture
 from loratool.errors import LoratoolError, PluginError, UsageError
 from loratool.hookspecs import Format
 from loratool.tensors import TensorSource
+
+if TYPE_CHECKING:
+    import click
 
 GROUP = "loratool"
 BUILT_IN = "loratool"
@@ -56,12 +59,16 @@ class Plugins:
     findings: list[Finding] = field(default_factory=list)
 
     def register(self, plugin: Any, name: str, module: str, distribution: str, version: str) -> None:
-        """Register one module; a hook that does not exist is an error."""
-        self.manager.register(plugin, f"{distribution}:{name}")
+        """Register one module; a hook that does not exist, or takes what the hook does not give, is an error."""
+        key = f"{distribution}:{name}"
+        if self.manager.has_plugin(key):
+            raise PluginError("registered twice", where=f"{name} ({module})")
         try:
+            self.manager.register(plugin, key)
             self.manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            self.manager.unregister(plugin)
+        except (pluggy.PluginValidationError, ValueError) as error:  # ValueError: the module is there by another name
+            if self.manager.has_plugin(key):
+                self.manager.unregister(name=key)
             raise PluginError(str(error), where=f"{name} ({module})", hint="see docs/plugins.md") from None
         hooks = tuple(sorted(c.name for c in self.manager.get_hookcallers(plugin) or ()))
         self.loaded.append(Loaded(name, module, distribution, version, hooks))
@@ -107,6 +114,17 @@ class Plugins:
         if name not in formats:
             raise UsageError(f"no format is called {name!r}", hint=f"there are {', '.join(formats)}")
         return formats[name]
+
+    def add_commands(self, group: click.Group) -> list[Finding]:
+        """Let every plugin add its commands to `group`; return a finding for each that fails, and go on."""
+        failed = []
+        for implementation in self.manager.hook.register_commands.get_hookimpls():
+            try:
+                implementation.function(**({"cli": group} if implementation.argnames else {}))
+            except Exception as error:
+                what = f"register_commands failed: {type(error).__name__}: {error}"
+                failed.append(Finding("warning", f"plugin {implementation.plugin_name}", what))
+        return failed
 
     def _collect(self, hook: str, kind: type, start: Mapping[str, tuple[str, Any]] | None = None) -> dict[str, Any]:
         """Call a hook plugin by plugin and resolve names that occur twice by the rule above."""

@@ -44,7 +44,7 @@ def _plugin_commands(group: click.Group) -> None:
 
     if not getattr(group, "asked_plugins", False):
         group.asked_plugins = True  # type: ignore[attr-defined]
-        installed().manager.hook.register_commands(cli=group)
+        render.findings(installed().add_commands(group))
 
 
 @click.group(
