@@ -7,7 +7,11 @@ could obey them, and nothing foreign is ever read as markup.
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 import sys
+import traceback
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +25,11 @@ from loratool.plan import Report
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SHOWN_ROWS = 12
+_UNSHOWN = ("sigma", "tensor", "scaling", "dtype")  # in the totals, or only in --json
 
 
 def clean(value: object, limit: int = 500) -> str:
@@ -36,7 +42,8 @@ def clean(value: object, limit: int = 500) -> str:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 120  # a pipe has no width; 80 would fold every module name
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
 def _lines(text: str) -> str:
@@ -45,13 +52,26 @@ def _lines(text: str) -> str:
 
 def error(problem: LoratoolError) -> int:
     """Print an error: what, where, and what to try next. Return its exit code."""
-    console = _console(stderr=True)
+    _problem(_console(stderr=True), problem)
+    return problem.exit_code
+
+
+def _problem(console: Console, problem: LoratoolError) -> None:
     console.print("error:", style="bold red", end=" ")
     console.print(_lines(str(problem)))
     if problem.hint:
         console.print("try:", style="bold", end=" ")
         console.print(_lines(problem.hint))
-    return problem.exit_code
+
+
+def trace() -> None:
+    """Print the traceback of the error being handled, cleaned like everything else."""
+    sys.stderr.write(_lines(traceback.format_exc()) + "\n")
+
+
+def note(text: str) -> None:
+    """Say on stderr what was understood."""
+    _console(stderr=True).print(clean(text))
 
 
 def interrupted() -> None:
@@ -91,8 +111,10 @@ def progress(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
             bar.stop()
 
 
-def report(content: Report, *, as_json: bool, file: str | None, quiet: bool, verbose: bool) -> None:
-    """Show a report: findings on stderr, then JSON or a table and totals on stdout."""
+def report(
+    content: Report, *, as_json: bool, file: str | None, quiet: bool, verbose: bool, shown: int = _SHOWN_ROWS
+) -> None:
+    """Show a report: findings on stderr, then JSON or a table (`shown` rows, or all) and totals on stdout."""
     document = json.dumps(content.as_dict(), indent=2, sort_keys=True) + "\n"
     if file:
         try:
@@ -104,7 +126,8 @@ def report(content: Report, *, as_json: bool, file: str | None, quiet: bool, ver
         sys.stdout.write(document)
     elif not quiet:
         console = _console()
-        table(console, content.rows, limit=None if verbose else _SHOWN_ROWS)
+        rows = content.rows if verbose or content.verb != "inspect" else _grouped(content.rows)
+        table(console, rows, limit=None if verbose else shown)
         for name, value in content.totals.items():
             if value not in ("", [], {}, None):
                 console.print(f"{name.replace('_', ' '):<14}", style="bold", end=" ")
@@ -130,24 +153,85 @@ def findings(found: Sequence[Finding]) -> None:
 
 
 def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None) -> None:
-    """Print rows of equal meaning as a table, at most `limit` of them."""
+    """Print rows of equal meaning as a table, at most `limit` of them.
+
+    Where the terminal is too narrow, what is the same in every row is said once, below the table.
+    """
+    if not rows:
+        return
+    names = [n for n in dict.fromkeys(name for row in rows for name in row) if n not in _UNSHOWN]
+    names = [n for n in names if any(row.get(n) not in ("", None) for row in rows)]
+    same = [n for n in names if len(rows) > 1 and all(row.get(n) == rows[0].get(n) for row in rows)]
+    same = [n for n in same if not _is_measured(n)]
+    grid = _grid(names, rows[:limit])
+    if same and console.measure(grid, options=console.options.update(width=9999)).maximum > console.width:
+        grid = _grid([n for n in names if n not in same], rows[:limit])
+    else:
+        same = []
+    console.print(grid, soft_wrap=False)
+    if same:
+        shared = ", ".join(f"{_spaced(n)} {_value(n, rows[0].get(n))}" for n in same)
+        console.print(f"in every row: {shared}", style="dim")
+    if limit is not None and len(rows) > limit:
+        console.print(f"... and {len(rows) - limit} more (-v shows them all)", style="dim")
+    if same or (limit is not None and len(rows) > limit):
+        console.print()
+
+
+def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join modules that differ only in the numbers in their names, such as the layer, and in what was measured."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        said = {n: v for n, v in row.items() if n != "module" and not _is_measured(n)}
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", str(row["module"]))
+        groups.setdefault(json.dumps([name, said], sort_keys=True), []).append(row)
+    joined = []
+    for group in groups.values():
+        measured = {n: _range(n, [row[n] for row in group]) for n in group[0] if n != "sigma" and _is_measured(n)}
+        first = {n: v for n, v in group[0].items() if n not in ("module", "sigma")}
+        joined.append(
+            {"module": _shared_name([row["module"] for row in group]), "count": len(group), **first, **measured}
+        )
+    return joined
+
+
+def _is_measured(name: str) -> bool:
+    return name in ("sigma", "norm") or name.startswith("rank_0")
+
+
+def _range(name: str, values: list[Any]) -> Any:
+    low, high = min(values), max(values)
+    return low if low == high else f"{_value(name, low)}..{_value(name, high)}"
+
+
+def _shared_name(names: list[str]) -> str:
+    """Return the pattern of names that differ in numbers only: a.{i}.b.{j}."""
+    letters = iter("ijklmnop")
+    elements = [set(column) for column in zip(*(name.split(".") for name in names), strict=True)]
+    return ".".join(e.pop() if len(e) == 1 else f"{{{next(letters, 'n')}}}" for e in elements)
+
+
+def _grid(names: list[str], rows: list[dict[str, Any]]) -> Table:
+    """Build a table; only its first column, the names, may be folded."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    if not rows:
-        return
-    names = [n for n in dict.fromkeys(name for row in rows for name in row) if n not in ("sigma", "tensor")]
-    names = [n for n in names if any(row.get(n) not in ("", None) for row in rows)]
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in names:
+    for place, name in enumerate(names):
         number = any(isinstance(row.get(name), (int, float)) for row in rows)
-        grid.add_column(name.replace("_", " "), justify="right" if number else "left", overflow="fold")
-    for row in rows[:limit]:
+        whole = place > 0 and all(len(_value(name, row.get(name, ""))) <= 16 for row in rows)
+        least = 0 if place else min(32, max(len(_value(name, row.get(name, ""))) for row in rows))
+        grid.add_column(
+            _spaced(name), justify="right" if number else "left", overflow="fold", no_wrap=whole, min_width=least
+        )
+    for row in rows:
         grid.add_row(*(Text(_value(name, row.get(name, ""))) for name in names))
-    console.print(grid, soft_wrap=False)
-    if limit is not None and len(rows) > limit:
-        console.print(f"... and {len(rows) - limit} more (-v shows them all)\n", style="dim")
+    return grid
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _value(name: str, value: Any) -> str:
@@ -159,9 +243,10 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, int) and name.endswith(("bytes", "bytes_before")):
         return _size(value)
     if isinstance(value, (list, tuple)):
-        shown = [_value("", v) for v in value[:8]]
+        most = 2 if len(value) > 8 and isinstance(value[0], str) else 8
+        shown = [_value(name, v) for v in value[:most]]
         joiner = " x " if name in ("shape", "down", "up") else ", "
-        return joiner.join(shown) + (f" ... ({len(value)})" if len(value) > 8 else "")
+        return joiner.join(shown) + (f" ... ({len(value)})" if len(value) > most else "")
     if isinstance(value, dict):
         return ", ".join(f"{clean(k, 60)}={clean(v, 60)}" for k, v in list(value.items())[:6])
     if isinstance(value, float):
@@ -186,3 +271,73 @@ def listing(rows: list[dict[str, Any]], *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
     else:
         table(_console(), rows)
+
+
+def heading(text: str) -> None:
+    """Begin a scene of a story, such as the demo's."""
+    _console().print(f"\n{text}", style="bold magenta")
+
+
+def prose(text: str) -> None:
+    """Say something in sentences, wrapped to the terminal."""
+    _console().print("\n" + text, soft_wrap=False)
+
+
+def command_line(line: str) -> None:
+    """Show a command that a reader can repeat."""
+    _console().print(f"\n$ {line}", style="bold cyan")
+
+
+def excerpt(content: Report) -> None:
+    """Show a report, and of its table the first rows only."""
+    report(content, as_json=False, file=None, quiet=False, verbose=False, shown=3)
+
+
+def refusal(problem: LoratoolError) -> None:
+    """Show an error that a story wants."""
+    console = _console()
+    _problem(console, problem)
+    console.print(f"(exit code {problem.exit_code})", style="dim")
+
+
+def fact(name: str, value: object, at_most: float | None = None) -> None:
+    """Show something measured, and the bound that was promised."""
+    console = _console()
+    console.print(f"  {name.removesuffix(', in bytes'):<62}", end=" ")
+    console.print(_value(name, value), style="bold", end="\n" if at_most is None else " ")
+    if at_most is not None:
+        console.print(f"(at most {_value(name, at_most)})", style="dim")
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for steps that may take more than a second, where someone is looking."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}", style="dim"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def ending(rows: list[dict[str, Any]], *, kept: bool, seconds: float, out: str) -> None:
+    """Show what was promised and measured, and how a reader goes on."""
+    heading("What was promised, and what was measured")
+    console = _console()
+    table(console, rows)
+    if kept:
+        console.print(f"Every promise was kept, in {seconds:.0f} seconds.", style="bold green")
+    else:
+        console.print("A promise was broken: please report it.", style="bold red")
+    prose("Every line after a $ can be repeated where its files are; --force replaces what is already there:\n")
+    if not shutil.which("loratool"):
+        console.print(f'  export PATH="{Path(sys.executable).parent}:$PATH"', style="cyan")
+    console.print(f"  cd {shlex.quote(out)}", style="cyan")
+
+
+def document(content: object) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -76,8 +76,11 @@ class ExtractModule:
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Subtract, factorise, measure, write."""
+        import torch
+
         from loratool.algebra import svd
 
+        narrow = getattr(torch, dtypes.torch_name(self.dtype))
         if same_bytes(self.tuned, self.base, load):
             return {"same": True}
         D = self._difference(load)
@@ -89,9 +92,10 @@ class ExtractModule:
         seed = int.from_bytes(sha256(self.key.encode()).digest()[:7], "big")
         rank = self.outs[0].shape[0]
         triplets = svd.truncated(D, rank, seed)
-        up, down = triplets.balanced(rank)
+        up, down = (factor.to(narrow).double() for factor in triplets.balanced(rank))
         residual = total - float(triplets.sigma.square().sum())
-        if residual < 1e-5 * total:  # the subtraction has lost its digits: multiply out instead
+        # multiply out where rounding the factors costs something, or the subtraction has lost its digits
+        if narrow is not torch.float32 or residual < 1e-5 * total:
             residual = D.residual(up, down)
         emit_factors(self.outs, up, down, emit)
         return {"total": total, "residual": residual, "rank": rank, "sigma": triplets.sigma.tolist()}
@@ -219,8 +223,8 @@ def plan(
             raise InputError("the two models are equal: there is nothing to extract", where=tuned.path)
         total = sum(facts[str(t)]["total"] for t in deltas)
         residual = sum(facts[str(t)]["residual"] for t in deltas)
-        config = base.config or {}
-        adapter = Adapter(deltas, Origin("", tuned.path), base_model=str(config.get("_name_or_path") or base.path))
+        # not the config's _name_or_path: that is where the base itself once came from
+        adapter = Adapter(deltas, Origin("", tuned.path), base_model=base.path)
         written = format.write(adapter, architecture, options)
         report.totals |= {
             "changed": len(deltas),
