@@ -16,6 +16,8 @@ import torch
 
 from loratool.algebra.lowrank import Factored, fix_signs
 
+_TILE = 1 << 20  # elements of a residual that are formed at once
+
 
 class Panels:
     """A matrix D (m, n) that is multiplied panel by panel, so that it may be streamed from disk.
@@ -61,10 +63,14 @@ class Panels:
     def residual(self, up: torch.Tensor, down: torch.Tensor) -> float:
         """Return the squared Frobenius norm of D - up @ down, measured: one pass, in the precision of the factors."""
         left, right = (down.T, up.T) if self.transposed else (up, down)
-        return sum(
-            float((panel.to(left.dtype) - left[start:stop] @ right).square().sum())
-            for start, stop, panel in self.panels()
-        )
+        step = max(64, _TILE // self.stored[1])  # a product in fp64 of the whole panel would be twice its size
+        total = 0.0
+        for start, stop, panel in self.panels():
+            for low in range(start, stop, step):
+                high = min(low + step, stop)
+                rows = panel[low - start : high - start].to(left.dtype)
+                total += float((rows - left[low:high] @ right).square().sum())
+        return total
 
     def _across(self, X: torch.Tensor) -> torch.Tensor:
         parts = [panel @ X.to(panel) for _, _, panel in self.panels()]

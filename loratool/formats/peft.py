@@ -232,7 +232,7 @@ class _Scaling:
         self.ranks = _Pattern(config, "rank_pattern", findings)
         self.alphas = _Pattern(config, "alpha_pattern", findings)
         self.rank = config.get("r")
-        self.rslora = config.get("use_rslora") is True
+        self.rslora = bool(config.get("use_rslora"))  # as PEFT takes it
         self.alpha = config.get("lora_alpha")
         if config and not _is_number(self.alpha):
             what = f"lora_alpha is {_short(self.alpha)}: the strength is unknown"

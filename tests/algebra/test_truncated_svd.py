@@ -112,6 +112,16 @@ def test_products_by_panels_are_the_products(m, n, cuts, transposed):
     assert gram.shape[0] == min(m, n)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
+def test_a_residual_formed_in_many_tiles_is_the_residual(transposed, monkeypatch):
+    monkeypatch.setattr(svd, "_TILE", 1)  # 64 rows at once, the least there is
+    stored = MATRICES["power law 0.3"](300, 200)
+    D = stored.T if transposed else stored
+    panels = svd.Panels(in_panels(stored, (70, 250)), (300, 200), transposed=transposed)
+    up, down = svd.truncated(panels, 5, seed=1).balanced(5)
+    assert panels.residual(up, down) == pytest.approx(float((D.double() - up @ down).square().sum()), rel=1e-12)
+
+
 def test_the_seed_makes_the_result_the_same_in_every_run():
     D = MATRICES["power law 0.3"](300, 280)
     one, two, other = (svd.truncated(svd.Panels.of(D), 8, seed) for seed in (1, 1, 2))

@@ -229,6 +229,16 @@ def test_an_unusable_alpha_is_an_error(alpha, llama, tmp_path):
         loratool.merge(base, [folder], tmp_path / "m")
 
 
+@pytest.mark.parametrize("value", [1, True, 0, False, None])
+def test_rslora_is_on_where_peft_would_take_it_as_on(value, llama, tiny):
+    _, folder, _, _ = llama
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": value}))
+    live = peft.PeftModel.from_pretrained(tiny("llama"), folder)
+    (wanted,) = {m.scaling["default"] for m in live.get_base_model().modules() if hasattr(m, "lora_A")}
+    assert {d.scaling for d in by_module(open_adapter(folder).require_sound()).values()} == {wanted}
+
+
 def test_converting_to_the_same_format_keeps_the_order_of_patterns(tiny, adapter_folder, tmp_path):
     ranks = {"q_proj": 8, "layers.0.self_attn.q_proj": 2}  # in sorted order the second would come first, and win
     live, folder = adapter_folder(tiny("llama"), target_modules=["q_proj"], r=4, rank_pattern=ranks)

@@ -252,3 +252,53 @@ def test_a_model_saved_in_shards_keeps_them(saved, adapter_folder, run_model, tm
     assert sorted(p.name for p in Path(tmp_path / "merged").glob("*.safetensors")) == shards
     merged = type(model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(run_model("llama", merged), run_model("llama", live), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["llama-embeddings", "gpt2", "unet", "clip"])
+def test_weights_cut_into_many_panels_and_tiles_are_whole(case, saved, adapter_folder, tmp_path, monkeypatch):
+    from loratool.engine import Resources
+    from loratool.operations import merge
+
+    monkeypatch.setattr(merge, "PANEL", 1)  # 64 rows a panel, the least there is
+    monkeypatch.setattr(merge, "TILE", 1)
+    kind, config = CASES[case]
+    wide = {
+        "llama": {"vocab_size": 200, "intermediate_size": 150},
+        "gpt2": {"n_embd": 100},
+        "clip": {"vocab_size": 200},
+    }
+    model, base = saved(kind, **wide.get(kind, {"block_out_channels": (80, 144)}))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    live, adapter = adapter_folder(model, **config)
+    loratool.merge(base, [adapter], tmp_path / "merged", resources=Resources(workers=1))
+    loratool.merge(base, [adapter], tmp_path / "again", resources=Resources(workers=3))
+    (one,), (two,) = (list((tmp_path / f).glob("*.safetensors")) for f in ("merged", "again"))
+    assert one.read_bytes() == two.read_bytes()
+    exact, bound = updates(live)
+    assert max(t.shape[0] for n, t in before.items() if n in exact) > 128
+    for name, value in load(model, tmp_path / "merged", torch.float32).state_dict().items():
+        if name in exact:
+            assert_rounded_once(value, before[name], exact[name], bound[name], torch.float32)
+        else:
+            assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("linear", itertools.product([False, True], repeat=2), ids=str)
+def test_a_1x1_convolution_and_a_linear_layer_take_each_others_adapters(linear, tiny, saved, adapter_folder, tmp_path):
+    linear_base, linear_adapter = linear
+    # proj_in and proj_out are convolutions in SD 1 and linear in SD 2, and trainers mix their files
+    model, base = saved("unet", use_linear_projection=linear_base)
+    trained = tiny("unet", use_linear_projection=linear_adapter)
+    live, adapter = adapter_folder(trained, target_modules=["proj_in", "proj_out", "to_q"], r=4)
+    loratool.convert(adapter, tmp_path / "k.safetensors", to="kohya")
+    exact, bound = updates(live)
+    assert len(exact) > 6
+    for n, source in enumerate((adapter, tmp_path / "k.safetensors")):
+        loratool.merge(base, [source], tmp_path / f"merged-{n}")
+        state = load(model, tmp_path / f"merged-{n}", torch.float32).state_dict()
+        for name, weight in model.state_dict().items():
+            if name in exact:
+                update, noise = exact[name].reshape(weight.shape), bound[name].reshape(weight.shape)
+                assert_rounded_once(state[name], weight, update, noise, torch.float32)
+            else:
+                assert torch.equal(state[name], weight), name

@@ -206,3 +206,38 @@ def test_an_extraction_in_kohya_spelling_equals_the_one_in_peft_spelling(saved, 
         assert torch.equal(theirs[flat + ".lora_down.weight"], ours[f"base_model.model.{path}.lora_A.weight"])
         assert torch.equal(theirs[flat + ".lora_up.weight"], ours[f"base_model.model.{path}.lora_B.weight"])
         assert float(theirs[flat + ".alpha"]) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rank", [3, 2])
+def test_the_reported_error_is_that_of_the_factors_as_written(dtype, rank, saved, tmp_path):
+    _, base, tuned, deltas = tuned_pair("llama", saved, ["q_proj", "down_proj"], 3, tmp_path)
+    report = loratool.extract(tuned, base, tmp_path / "adapter", rank=rank, dtype=dtype)
+    factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {t.dtype for t in factors.values()} == {getattr(torch, dtype)}
+    rows = {row["module"]: row["error"] for row in report.rows if not row.get("unchanged")}
+    for name, delta in deltas.items():
+        module = name.removesuffix(".weight")
+        A, B = (factors[f"base_model.model.{module}.lora_{f}.weight"].double() for f in "AB")
+        measured = float((delta.double() - B @ A).norm() / delta.double().norm())
+        assert rows[module] == pytest.approx(measured, rel=0.02, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "unet", "clip"])
+def test_deltas_read_in_panels_give_the_same_adapter(kind, saved, tmp_path, monkeypatch):
+    from loratool.engine import Resources
+    from loratool.operations import extract
+
+    _, base, tuned, deltas = tuned_pair(kind, saved, EXTRACTED[kind], 3, tmp_path)
+    loratool.extract(tuned, base, tmp_path / "whole", rank=3)
+    monkeypatch.setattr(extract, "PANEL", 1)
+    monkeypatch.setattr(extract, "TILE", 1)
+    report = loratool.extract(tuned, base, tmp_path / "panels", rank=3, resources=Resources(memory=1))
+    assert report.totals["changed"] == len(deltas)
+    assert report.totals["error"] < 1e-5
+    one, two = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("whole", "panels"))
+    assert set(one) == set(two)
+    for name in [n for n in one if "_A" in n]:
+        other = name.replace("_A", "_B")
+        updates = [t[other].double().flatten(1) @ t[name].double().flatten(1) for t in (one, two)]
+        assert float((updates[0] - updates[1]).norm()) < 1e-5 * float(updates[0].norm())
