@@ -162,7 +162,6 @@ def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None
     names = [n for n in dict.fromkeys(name for row in rows for name in row) if n not in _UNSHOWN]
     names = [n for n in names if any(row.get(n) not in ("", None) for row in rows)]
     same = [n for n in names if len(rows) > 1 and all(row.get(n) == rows[0].get(n) for row in rows)]
-    same = [n for n in same if not _is_measured(n)]
     grid = _grid(names, rows[:limit])
     if same and console.measure(grid, options=console.options.update(width=9999)).maximum > console.width:
         grid = _grid([n for n in names if n not in same], rows[:limit])
@@ -179,36 +178,14 @@ def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None
 
 
 def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join modules that differ only in the numbers in their names, such as the layer, and in what was measured."""
+    """Join modules that differ only in the numbers in their names, such as the layer; measured ones stay apart."""
+    if any("sigma" in row for row in rows):
+        return [{n: v for n, v in row.items() if n not in ("group", "role", "alpha", "down", "up")} for row in rows]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        said = {n: v for n, v in row.items() if n != "module" and not _is_measured(n)}
-        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", str(row["module"]))
-        groups.setdefault(json.dumps([name, said], sort_keys=True), []).append(row)
-    joined = []
-    for group in groups.values():
-        measured = {n: _range(n, [row[n] for row in group]) for n in group[0] if n != "sigma" and _is_measured(n)}
-        first = {n: v for n, v in group[0].items() if n not in ("module", "sigma")}
-        joined.append(
-            {"module": _shared_name([row["module"] for row in group]), "count": len(group), **first, **measured}
-        )
-    return joined
-
-
-def _is_measured(name: str) -> bool:
-    return name in ("sigma", "norm") or name.startswith("rank_0")
-
-
-def _range(name: str, values: list[Any]) -> Any:
-    low, high = min(values), max(values)
-    return low if low == high else f"{_value(name, low)}..{_value(name, high)}"
-
-
-def _shared_name(names: list[str]) -> str:
-    """Return the pattern of names that differ in numbers only: a.{i}.b.{j}."""
-    letters = iter("ijklmnop")
-    elements = [set(column) for column in zip(*(name.split(".") for name in names), strict=True)]
-    return ".".join(e.pop() if len(e) == 1 else f"{{{next(letters, 'n')}}}" for e in elements)
+        joined = {**row, "module": re.sub(r"(?<=\.)\d+(?=\.)", "*", row["module"])}
+        groups.setdefault(json.dumps(joined, sort_keys=True), []).append(joined)
+    return [{"module": group[0]["module"], "count": len(group), **group[0]} for group in groups.values()]
 
 
 def _grid(names: list[str], rows: list[dict[str, Any]]) -> Table:

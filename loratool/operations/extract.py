@@ -204,7 +204,9 @@ def plan(
     ledger.note(base.path, [u.base.name for u in remaining if u.base], "compared")
     lost = ledger.open_names(base.path, base.tensors)
     ledger.note(base.path, lost, "only in the base")
-    report.findings += [Finding("warning", name, "is only in the base: the adapter cannot say so") for name in lost]
+    for name in lost:  # a buffer that newer libraries no longer save is worth a note, a lost weight a warning
+        level = "warning" if dtypes.is_float(base.tensors[name].dtype) else "info"
+        report.findings.append(Finding(level, name, "is only in the base: the adapter cannot say so"))
     report.ledger = ledger.summary()
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:

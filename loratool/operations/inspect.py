@@ -103,5 +103,5 @@ def _spectrum(sigma: list[float]) -> dict[str, object]:
         kept, rank = 0.0, 0
         while kept < share * total and rank < len(squares):
             kept, rank = kept + squares[rank], rank + 1
-        ranks[f"rank_{share:g}"] = max(rank, 1)
+        ranks[f"rank_at_{100 * share:g}"] = max(rank, 1)
     return {"sigma": sigma, "norm": total**0.5, **ranks}

@@ -1,0 +1,37 @@
+"""Write docs/commands.md from the commands' own help. Run it after changing an option; a test compares.
+
+python docs/generate.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+PAGE = Path(__file__).parent / "commands.md"
+
+
+def page() -> str:
+    """Return the page: the help of every built-in command, as a terminal of 100 columns shows it."""
+    from loratool.cli.main import COMMANDS, cli
+
+    parts = ["# Commands\n\nWritten by `docs/generate.py` from `loratool COMMAND --help`."]
+    for name in COMMANDS:
+        context = click.Context(cli, info_name="loratool")
+        command = cli.get_command(context, name)
+        assert command is not None
+        parts += [f"## loratool {name}\n\n```\n{_help(command, name, context)}\n```"]
+        if isinstance(command, click.Group):
+            inner = click.Context(command, info_name=name, parent=context)
+            parts += [f"```\n{_help(sub, sub_name, inner)}\n```" for sub_name, sub in sorted(command.commands.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _help(command: click.Command, name: str, parent: click.Context) -> str:
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=100, max_content_width=100)
+    return "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
