@@ -1,6 +1,6 @@
 """Small checkpoints and adapters made of torch and safetensors alone: no transformers, so that a file costs nothing.
 
-The sizes are tiny but no two dimensions of a weight are equal by chance, so that a transposition cannot go unnoticed.
+The sizes are tiny but most weights are not square, so that a transposition cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **extra}
 
 
-def spawn(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-    """Start the command line in a process of its own."""
+def run_cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "loratool", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()}
-    return subprocess.Popen(command, **{**pipes, **options})
+    settings = {"env": environment(), "capture_output": True, "text": True, "timeout": 120, **options}
+    return subprocess.run(command, check=False, **settings)
