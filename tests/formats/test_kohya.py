@@ -110,6 +110,25 @@ def test_half_a_pair_is_named(half, write):
 
 
 @pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ((3, 16), (16, 2)),
+        ((2, 16), (16, 2, 1, 1)),
+        ((2, 16, 3, 3), (16, 2)),
+        ((2, 16, 3, 3), (16, 2, 3, 3)),
+        ((0, 16), (16, 0)),
+        ((2, 0), (16, 2)),
+        ((2,), (16,)),
+    ],
+)
+def test_factors_that_do_not_make_an_update_are_refused(down, up, write):
+    path = write({UNET_Q + ".lora_down.weight": torch.ones(down), UNET_Q + ".lora_up.weight": torch.ones(up)})
+    assert [f.where for f in loratool.inspect(path).findings if f.level == "error"] == [UNET_Q]
+    with pytest.raises(InputError, match=UNET_Q):
+        loratool.convert(path, path.with_name("out"), to="peft")
+
+
+@pytest.mark.parametrize(
     ("name", "shape"),
     [
         (UNET_Q + ".dora_scale", (16, 1)),

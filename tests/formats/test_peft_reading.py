@@ -163,6 +163,7 @@ PATTERNS = {
     "regular expressions": ({r"layers\.\d+\.mlp\.(gate|up)_proj": 3}, {r".*\.1\..*o_proj": 11, "[qk]_proj": 13}),
     "suffix of a word does not count": ({"proj": 9, "_proj": 9}, {"j": 9}),
     "alternation leaks": ({"q_proj|k_proj": 5}, {"v_proj|o_proj": 7}),
+    "a dot is any character": ({"self.attn.q_proj": 3}, {"mlp.up.proj": 9, "layers.0.self.attn.v_proj": 2}),
     "lookahead": ({r"(?!.*layers\.0).*q_proj": 5}, {}),
 }
 
