@@ -21,7 +21,7 @@ from typing import Generic, NamedTuple, TypeVar
 from loratool.errors import UsageError
 
 _ELEMENT = re.compile(r"\{[a-z]\w*\}|\*\*?|[\w-]+")
-_INDEX = re.compile("[0-9]{1,9}")  # int() would also take other scripts' digits, and fail on thousands of them
+_INDEX = re.compile("0|[1-9][0-9]{0,8}")  # int() takes 007 and other scripts' digits, and fails on thousands of them
 _DIGITS = re.compile(r"(?<![^._])[0-9]{1,9}(?![^._])")  # a number that is a whole element, dotted or flattened
 T = TypeVar("T")
 

@@ -139,7 +139,8 @@ def _best(
         if len(targets) > len(best[1]):
             best = architecture, targets
     family = (best[0].name,) if best[0] else ()
-    what = f"the {family[0]} family has no such module" if family else "no family has such a module"
+    only = family or tuple(a.name for a in architectures if len(architectures) == 1)
+    what = f"the {only[0]} family has no such module" if only else "no family has such a module"
     hint = "loratool arch lists the families; -p FILE adds one"
     return family, best[1], [error(m, what, hint) for m in modules if m not in best[1]]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from math import sqrt
 from time import monotonic
@@ -195,10 +196,10 @@ def _config(source: TensorSource) -> tuple[dict[str, Any], list[Finding]]:
     findings: list[Finding] = []
     if not config and _EMBEDDED in source.metadata:
         try:
-            config = json.loads(source.metadata[_EMBEDDED])
+            config = json.loads(source.metadata[_EMBEDDED], object_pairs_hook=_unique, parse_constant=float)
             assert isinstance(config, dict)
         except (ValueError, AssertionError, RecursionError):
-            findings.append(error(_EMBEDDED, "the config in the file's header is not a JSON object"))
+            findings.append(error(_EMBEDDED, "the config in the file's header is not a JSON object with unique keys"))
             return {}, findings
     if not config:
         hint = "put adapter_config.json beside it, or give --alpha"
@@ -217,6 +218,12 @@ def _config(source: TensorSource) -> tuple[dict[str, Any], list[Finding]]:
         what = f"{start} changed the base model before training; this adapter fits that changed base only"
         findings.append(error("adapter_config.json: init_lora_weights", what, _WAY_OUT))
     return config, findings
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key occurs twice")  # the last would win silently
+    return dict(pairs)
 
 
 def _short(value: object) -> str:
@@ -289,8 +296,11 @@ class _Pattern:
         import regex
 
         try:
-            compiled = regex.compile(rf"(.*\.)?({key})$")
-        except (regex.error, RecursionError, OverflowError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                re.compile(key)  # PEFT's own module: regex knows more, such as recursion that eats all memory
+                compiled = regex.compile(rf"(.*\.)?({key})$")
+        except (re.error, regex.error, RecursionError, OverflowError):
             self.findings.append(error(f"adapter_config.json: {self.field}", f"{key[:80]!r} is not a usable pattern"))
             return lambda module: False
 
@@ -298,7 +308,7 @@ class _Pattern:
             start = monotonic()
             try:
                 return compiled.match(module, timeout=self.patience) is not None
-            except TimeoutError:
+            except (TimeoutError, MemoryError):
                 where = f"adapter_config.json: {self.field}"
                 raise FormatError(f"the pattern {key[:80]!r} takes forever", where=where) from None
             finally:
