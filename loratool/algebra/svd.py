@@ -125,7 +125,7 @@ def _by_gram(D: Panels, rank: int) -> Factored:
     gram, rows = D.gram()
     _, vectors = torch.linalg.eigh(gram)
     basis = vectors.flip(1)[:, :rank]  # (min(m, n), rank), descending
-    other = D.transposed_times(basis.float()) if rows else D.times(basis.float())  # the other side, times sigma
+    other = D.transposed_times(basis) if rows else D.times(basis)  # the other side, times sigma
     Q, R = torch.linalg.qr(other.double())
     U, S, Vh = torch.linalg.svd(R)  # R is diagonal but for rounding; this orders and cleans it
     if rows:

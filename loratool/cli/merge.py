@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loratool.cli import options
+from loratool.cli import options, render
 from loratool.errors import UsageError
 from loratool.plan import Report
 from loratool.storage import checkpoint
@@ -94,5 +94,5 @@ def _named_base(adapter: str, settings: dict[str, Any]) -> str:
         raise UsageError(
             f"the adapter {what}", where=adapter, hint=f"loratool merge BASE {adapter} -o {settings['out']}"
         )
-    click.echo(f"base: {named} (named by the adapter)", err=True)
+    render.note(f"base: {named} (named by the adapter)")
     return named

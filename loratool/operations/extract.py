@@ -102,11 +102,15 @@ class ExtractModule:
 
     def _difference(self, load: Load) -> svd.Panels:
         """Return D (out, in x kernel): held in memory, or read anew in panels for every product."""
+        import torch
+
         from loratool.algebra import svd
+
+        wide = torch.float64 if "F64" in (self.tuned.dtype, self.base.dtype) else torch.float32
 
         def panel(start: int, stop: int) -> torch.Tensor:
             tuned, base = load(self.tuned.rows(start, stop)), load(self.base.rows(start, stop))
-            return tuned.flatten(1).float() - base.flatten(1).float()
+            return tuned.flatten(1).to(wide) - base.flatten(1).to(wide)
 
         stored = self.tuned.shape[0], prod(self.tuned.shape[1:])
         if self.streamed:

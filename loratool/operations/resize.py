@@ -71,20 +71,29 @@ class ResizeModule:
         return 32 * (prod(self.delta.down.shape) + prod(self.delta.up.shape))
 
     def run(self, load: Load, emit: Emit) -> Facts:
-        """Factorise, choose the rank, write the factors."""
+        """Factorise, choose the rank, write the factors, measure what they lose."""
+        import torch
+
         from loratool.algebra import lowrank, rank
         from loratool.algebra.deltas import as_matrices, is_finite
 
         up, down = as_matrices(load(self.delta.up), load(self.delta.down))
         if not (is_finite(up) and is_finite(down)):
             raise InputError("the factors hold NaN or infinity", where=self.key)
-        svd = lowrank.compress(up * self.delta.scaling, down)
+        up = up.double() * self.delta.scaling
+        svd = lowrank.compress(up, down)
         bound = self.outs[0].shape[0]
         keep = rank.fixed(svd.sigma, bound)
         if self.rule.energy is not None:
             keep = min(keep, rank.energy(svd.sigma, self.rule.energy))
-        emit_factors(self.outs, *svd.balanced(keep), emit)
-        return {"rank": keep, "sigma": svd.sigma.tolist()}
+        narrow = getattr(torch, dtypes.torch_name(self.dtype))
+        new_up, new_down = (factor.to(narrow).double() for factor in svd.balanced(keep))
+        emit_factors(self.outs, new_up, new_down, emit)
+        residual = float(svd.sigma[keep:].square().sum())
+        if torch.finfo(narrow).bits < 32:  # rounding the factors costs more than a truncation may
+            difference = lowrank.add([(up, down.double(), 1.0), (new_up, new_down, -1.0)])
+            residual = float(lowrank.singular_values(*difference).square().sum())
+        return {"rank": keep, "total": float(svd.sigma.square().sum()), "residual": residual}
 
 
 def factor_shapes(down: tuple[int, ...], up: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -132,16 +141,11 @@ def plan(
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
         deltas: dict[Target, tuple[Delta, ...]] = {}
-        kept = total = 0.0
         for unit, row in zip(units, report.rows, strict=True):
-            rank, squares = facts[unit.key]["rank"], [s * s for s in facts[unit.key]["sigma"]]
-            deltas[unit.target] = (settled_factors(unit.outs, rank, spooled),)
-            kept, total = kept + sum(squares[:rank]), total + sum(squares)
-            row["rank"] = rank
-            row["retained"] = sum(squares[:rank]) / sum(squares) if sum(squares) else 1.0
-            row["error"] = sqrt(max(0.0, 1 - row["retained"]))
-        report.totals["retained"] = kept / total if total else 1.0
-        report.totals["error"] = sqrt(max(0.0, 1 - report.totals["retained"]))
+            fact = facts[unit.key]
+            deltas[unit.target] = (settled_factors(unit.outs, fact["rank"], spooled),)
+            row.update(rank=fact["rank"], **_losses(fact["total"], fact["residual"]))
+        report.totals |= _losses(*(sum(facts[u.key][name] for u in units) for name in ("total", "residual")))
         written = format.write(replace(adapter, deltas=deltas), architecture, options)
         report.totals["bytes"] = sum(ref.nbytes for ds in deltas.values() for d in ds for ref in d.refs)
         report.files = [f.name for f in written.files]
@@ -149,6 +153,12 @@ def plan(
         return Settled(report, written.files)
 
     return Plan(units, report, settle, single_file=format.single_file or "file" in options)
+
+
+def _losses(total: float, residual: float) -> dict[str, float]:
+    """Return the share of energy that is kept, and the relative Frobenius error."""
+    lost = residual / total if total else 0.0
+    return {"retained": 1 - lost, "error": sqrt(lost)}
 
 
 def settled_factors(outs: Sequence[Out], rank: int, spooled: Spooled) -> LowRank:

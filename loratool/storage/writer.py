@@ -24,9 +24,9 @@ from types import TracebackType
 from loratool.errors import FormatError, LockedError, StorageError, UsageError
 from loratool.plan import Facts, JsonFile, Out, OutFile, TensorFile
 from loratool.storage import jsonfile, safetensors
+from loratool.storage.writeback import WriteBehind
 from loratool.tensors import Inline, Span, TensorRef
 
-_CHUNK = 8 << 20
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -61,6 +61,7 @@ class Staging:
         self._places: dict[tuple[str, str], tuple[int, int]] = {}  # (file, tensor) -> (offset, bytes a row)
         self._spool: dict[str, tuple[int, str]] = {}  # name -> (offset, dtype)
         self._fds: dict[str, int] = {}
+        self._behind = WriteBehind()
         self._lock = -1
         self._journal = -1
         self._made: list[Path] = []  # folders above the output that this run created
@@ -159,14 +160,32 @@ class Staging:
             path.unlink(missing_ok=True)
             self._fds[file.name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             _allocate(self._fds[file.name], size, self.out)
-            _write(self._fds[file.name], header, 0)
+            self._behind.write(self._fds[file.name], header, 0)
         places = safetensors.offsets(header, infos)
         for ref in file.tensors:
             row = ref.nbytes // ref.shape[0] if ref.shape and ref.shape[0] else ref.nbytes
             self._places[file.name, ref.name] = places[ref.name], row
         if not resumed:
-            _copy_runs(self._fds[file.name], file.tensors, places)
+            self._fill(self._fds[file.name], file.tensors, places)
             self.record(f"file:{file.name}", {})
+
+    def _fill(self, fd: int, refs: Sequence[TensorRef], places: Mapping[str, int]) -> None:
+        """Write every byte of a file that needs no computing."""
+        for ref in refs:
+            at = places[ref.name]
+            for piece in ref.pieces:
+                if isinstance(piece, Inline):
+                    self._behind.write(fd, piece.data, at)
+                at += piece.nbytes
+        sources: dict[str, int] = {}
+        try:
+            for path, start, at, nbytes in _runs(refs, places):
+                if path not in sources:
+                    sources[path] = os.open(path, os.O_RDONLY)
+                self._behind.copy(sources[path], fd, start, at, nbytes)
+        finally:
+            for source in sources.values():
+                os.close(source)
 
     def prepare_spool(self, outs: Iterable[Out]) -> None:
         """Reserve room in the spool for outputs whose rank is settled later."""
@@ -183,7 +202,7 @@ class Staging:
     def write(self, out: Out, row: int, data: memoryview) -> None:
         """Write rows of a tensor from `row` on. Spooled tensors are written whole, at their final shape."""
         offset, row_bytes = self._places[out.file, out.name]
-        _write(self._fds[out.file], data, offset + row * row_bytes)
+        self._behind.write(self._fds[out.file], data, offset + row * row_bytes)
 
     def spooled(self, name: str, shape: tuple[int, ...]) -> TensorRef:
         """Return a reference to what was spooled as `name`."""
@@ -256,51 +275,22 @@ def _take_lock(path: Path) -> int:
         os.close(fd)
 
 
-def _copy_runs(fd: int, refs: Sequence[TensorRef], places: Mapping[str, int]) -> None:
-    """Copy the bytes of every tensor that has a place; neighbours in the input go in one call."""
-    sources: dict[str, int] = {}
-    try:
-        for path, start, target, nbytes in _runs(fd, refs, places):
-            if path not in sources:
-                sources[path] = os.open(path, os.O_RDONLY)
-            _copy_range(sources[path], fd, start, target, nbytes)
-    finally:
-        for source in sources.values():
-            os.close(source)
-
-
-def _runs(fd: int, refs: Sequence[TensorRef], places: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
+def _runs(refs: Sequence[TensorRef], places: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
+    """Return what to copy as (path, from, to, bytes); neighbours in both files are one run."""
     runs: list[tuple[str, int, int, int]] = []
     for ref in refs:
         target = places[ref.name]
         for piece in ref.pieces:
-            if isinstance(piece, Inline):
-                _write(fd, piece.data, target)
-            elif runs and (runs[-1][0], sum(runs[-1][1::2]), sum(runs[-1][2:])) == (piece.path, piece.offset, target):
-                path, start, at, nbytes = runs.pop()
-                runs.append((path, start, at, nbytes + piece.nbytes))
-            else:
-                runs.append((piece.path, piece.offset, target, piece.nbytes))
+            if isinstance(piece, Span):
+                run = (piece.path, piece.offset, target, piece.nbytes)
+                if runs:
+                    path, start, at, nbytes = runs[-1]
+                    if (path, start + nbytes, at + nbytes) == run[:3]:
+                        runs.pop()
+                        run = (path, start, at, nbytes + piece.nbytes)
+                runs.append(run)
             target += piece.nbytes
     return runs
-
-
-def _copy_range(source: int, target: int, start: int, at: int, nbytes: int) -> None:
-    while nbytes:
-        try:
-            done = os.copy_file_range(source, target, min(nbytes, 1 << 30), start, at)
-        except OSError:  # across file systems, or a kernel without it
-            done = os.pwrite(target, os.pread(source, min(nbytes, _CHUNK), start), at)
-        if not done:
-            raise StorageError(f"an input ends at byte {start:,}: was it changed?")
-        start, at, nbytes = start + done, at + done, nbytes - done
-
-
-def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
 
 
 def _starts_with(path: Path, header: bytes, size: int) -> bool:

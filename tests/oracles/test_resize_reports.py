@@ -1,0 +1,50 @@
+"""What resize reports is what a dense fp64 computation of the written files finds."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loratool
+
+NAMES = [f"base_model.model.model.layers.{n}.self_attn.q_proj" for n in range(2)]
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    tensors = {}
+    for name in NAMES:
+        tensors[f"{name}.lora_A.weight"] = torch.randn(8, 48) * torch.logspace(0, -2, 8)[:, None]
+        tensors[f"{name}.lora_B.weight"] = torch.randn(64, 8)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 12}))
+    return folder
+
+
+def dense(folder, name: str) -> torch.Tensor:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    down, up = tensors[f"{name}.lora_A.weight"].double(), tensors[f"{name}.lora_B.weight"].double()
+    path = name.removeprefix("base_model.model.")
+    alpha = next(
+        (v for k, v in config.get("alpha_pattern", {}).items() if path in k.replace("\\", "")), config["lora_alpha"]
+    )
+    return alpha / down.shape[0] * up @ down
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"rank": 8}, {"energy": 0.9}], ids=str)
+def test_the_reported_error_is_that_of_the_written_factors(adapter, tmp_path, dtype, rule):
+    report = loratool.resize(adapter, tmp_path / "out", dtype=dtype, **rule)
+    squares = {"lost": 0.0, "all": 0.0}
+    for name, row in zip(NAMES, report.rows, strict=True):
+        before, after = dense(adapter, name), dense(tmp_path / "out", name)
+        error = float((after - before).norm() / before.norm())
+        assert row["error"] == pytest.approx(error, rel=1e-3, abs=3e-7)
+        squares["lost"] += float((after - before).square().sum())
+        squares["all"] += float(before.square().sum())
+    assert report.totals["error"] == pytest.approx((squares["lost"] / squares["all"]) ** 0.5, rel=1e-3, abs=3e-7)
