@@ -5,8 +5,10 @@ The sizes are tiny but most weights are not square, so that a transposition cann
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +110,21 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **extra}
+
+
+def run_main(*arguments: object) -> int:
+    """Run the command line in this process and return its exit code, leaving the process as it was."""
+    from loratool.cli.main import main
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        gc.enable()
+    raise AssertionError("main returned")
 
 
 def run_cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

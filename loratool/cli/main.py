@@ -70,6 +70,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(_run(arguments, debug="--debug" in arguments))
 
 
+def _stopped(ending: SystemExit) -> int:
+    """Return the exit code where something below asked to exit: our own handler of SIGTERM, or a broken pipe."""
+    if ending.code == 143:
+        render.interrupted()
+        return 143
+    return 141  # click and rich exit with 1 when the reader has seen enough
+
+
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
         result = cli.main(arguments, prog_name="loratool", standalone_mode=False)
@@ -85,9 +93,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         render.interrupted()
         return 130
     except SystemExit as ending:
-        if ending.code == 143:
-            render.interrupted()
-        raise
+        return _stopped(ending)
     except BrokenPipeError:
         return 141
     except OSError as error:

@@ -22,6 +22,7 @@ from tiny_files import (
     Q0,
     factors,
     peft_config,
+    run_main,
     snapshot,
     tensors_of_llama,
     write_adapter,
@@ -30,7 +31,6 @@ from tiny_files import (
     write_sharded,
 )
 
-from loratool.cli.main import main
 from loratool.errors import LockedError, MismatchError, PluginError, StorageError, UsageError
 
 USAGE, INPUT, STORAGE, PLUGIN = (e.exit_code for e in (UsageError, MismatchError, StorageError, PluginError))
@@ -55,10 +55,8 @@ def cli(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
     def run(*arguments: object) -> Outcome:
         capfd.readouterr()
-        with pytest.raises(SystemExit) as ending:
-            main([str(a) for a in arguments])
-        code = ending.value.code
-        return Outcome(int(code or 0), *capfd.readouterr())
+        code = run_main(*arguments)
+        return Outcome(code, *capfd.readouterr())
 
     return run
 

@@ -18,9 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny_files import HIDDEN, environment, factors, peft_config, write_adapter, write_base, write_json
+from tiny_files import HIDDEN, environment, factors, peft_config, run_main, write_adapter, write_base, write_json
 
-from loratool.cli.main import main
 from loratool.cli.render import clean
 
 EVIL = [
@@ -52,10 +51,9 @@ def run(capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path, monkeypatch: 
 
     def call(*arguments: object) -> tuple[int, str]:
         capfdbinary.readouterr()
-        with pytest.raises(SystemExit) as ending:
-            main([str(a) for a in arguments])
+        code = run_main(*arguments)
         out, err = capfdbinary.readouterr()
-        return int(ending.value.code or 0), (out + err).decode()
+        return code, (out + err).decode()
 
     return call
 
