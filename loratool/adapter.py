@@ -107,7 +107,7 @@ class Adapter:
 
     `families` are the architectures that explain every name. `base_copies` are untouched base weights that were saved
     along (PEFT does so for embeddings). `names` are all tensors of the files, `consumed` those that were read for
-    their value (alphas). `findings` is everything that reading noticed.
+    their value (alphas), `skipped` those that the user's globs left out. `findings` is everything that reading noticed.
     """
 
     deltas: Mapping[Target, tuple[Delta, ...]]
@@ -116,6 +116,7 @@ class Adapter:
     base_copies: Mapping[Target, TensorRef] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     consumed: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     base_model: str = ""
     findings: tuple[Finding, ...] = ()
@@ -129,7 +130,7 @@ class Adapter:
     def open_names(self) -> list[str]:
         """The tensors of the files that nothing accounts for. Reading leaves none; a format that does is at fault."""
         known = {ref.name for deltas in self.deltas.values() for delta in deltas for ref in delta.refs}
-        known |= {ref.name for ref in self.base_copies.values()} | set(self.consumed)
+        known |= {ref.name for ref in self.base_copies.values()} | {*self.consumed, *self.skipped}
         return [name for name in self.names if name not in known]
 
     def require_sound(self) -> Adapter:
@@ -151,8 +152,8 @@ class Adapter:
             )
         return self
 
-    def selected(self, target: Iterable[str] = (), exclude: Iterable[str] = ()) -> tuple[Adapter, list[Target]]:
-        """Return this adapter less what the user's globs leave out, and the targets left out."""
+    def selected(self, target: Iterable[str] = (), exclude: Iterable[str] = ()) -> Adapter:
+        """Return this adapter less what the user's globs leave out; the tensors left out are in `skipped`."""
         target, exclude = tuple(target), tuple(exclude)
         used = dict.fromkeys((*target, *exclude), False)
 
@@ -176,6 +177,6 @@ class Adapter:
             )
         left_out = [t for t in self.targets if t not in kept]
         skipped = [ref.name for t in left_out for delta in self.deltas[t] for ref in delta.refs]
-        skipped += [ref.name for t, ref in self.base_copies.items() if t in left_out]
+        skipped += [self.base_copies[t].name for t in left_out if t in self.base_copies]
         copies = {t: ref for t, ref in self.base_copies.items() if t in kept}
-        return replace(self, deltas=kept, base_copies=copies, consumed=(*self.consumed, *skipped)), left_out
+        return replace(self, deltas=kept, base_copies=copies, skipped=tuple(skipped))

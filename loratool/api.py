@@ -1,6 +1,7 @@
 """The verbs as functions: open, look up, plan, run, write, report. The command line calls these and nothing else.
 
 Sources and outputs are paths. Every verb returns a Report; with `dry_run` it is the preview, and nothing is written.
+What the verbs share is in two groups of keyword arguments, `Reading` and `Running`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
 from loratool import engine
-from loratool.adapter import Adapter, Target
+from loratool.adapter import Adapter
 from loratool.architecture import Architecture
 from loratool.engine import EVERYTHING, Progress, Resources
 from loratool.errors import FormatError, MismatchError, UsageError
@@ -24,28 +26,39 @@ from loratool.storage import checkpoint, writer
 StrPath = str | Path
 
 
-def inspect(
-    adapter: StrPath,
-    *,
-    spectrum: bool = False,
-    arch: str = "",
-    format: str = "",
-    alpha: float | None = None,
-    allow_pickle: bool = False,
-    resources: Resources = EVERYTHING,
-    progress: Progress | None = None,
-    plugins: Plugins | None = None,
-) -> Report:
+class Reading(TypedDict, total=False):
+    """How adapters are read: family and format instead of detecting them, a lost alpha, and whether to open pickles."""
+
+    arch: str
+    format: str
+    alpha: float | None
+    allow_pickle: bool
+
+
+class Running(TypedDict, total=False):
+    """How a verb runs: only plan, replace an existing output, with which workers, device and memory."""
+
+    dry_run: bool
+    force: bool
+    resources: Resources
+    progress: Progress | None
+    plugins: Plugins | None
+
+
+class Settings(Reading, Running):
+    """Both."""
+
+
+def inspect(adapter: StrPath, *, spectrum: bool = False, **settings: Unpack[Settings]) -> Report:
     """Describe an adapter, from its header alone unless `spectrum` asks for singular values."""
     from loratool.operations import inspect as operation
 
-    plugins = plugins or installed()
-    opened = open_adapter(adapter, arch=arch, format=format, alpha=alpha, allow_pickle=allow_pickle, plugins=plugins)
-    plan = operation.plan(opened, _architecture(opened, plugins), spectrum=spectrum)
+    reading, running = _split(settings)
+    opened = open_adapter(adapter, **reading)
+    plan = operation.plan(opened, _architecture(opened, running), spectrum=spectrum)
     plan.preview.sources["adapter"] = str(adapter)
     plan.preview.totals["file_bytes"] = sum(p.stat().st_size for p in _files(Path(adapter)))
-    plan.preview.findings += plugins.findings
-    return engine.measure(plan, resources, progress)
+    return _finish(plan, [], None, **running)
 
 
 def merge(
@@ -57,49 +70,27 @@ def merge(
     dtype: str = "keep",
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    arch: str = "",
-    format: str = "",
-    alpha: float | None = None,
-    allow_pickle: bool = False,
     allow_noop: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    resources: Resources = EVERYTHING,
-    progress: Progress | None = None,
-    plugins: Plugins | None = None,
+    **settings: Unpack[Settings],
 ) -> Report:
     """Merge adapters, each times its weight, into a base checkpoint; write the merged checkpoint to `out`."""
     from loratool.operations import merge as operation
 
-    plugins = plugins or installed()
+    reading, running = _split(settings)
+    weights = list(weights) or [1.0] * len(adapters)
     if not all(map(isfinite, weights)):
-        raise UsageError(f"the weights {list(weights)} are not all numbers", hint="an adapter's weight is such as 0.7")
-    if weights and len(weights) != len(adapters):
+        raise UsageError(f"the weights {weights} are not all numbers", hint="an adapter's weight is such as 0.7")
+    if len(weights) != len(adapters):
         raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights", hint="give one weight an adapter")
     opened = checkpoint.open_base(str(base))
-    architecture = _family(opened, plugins, arch)
-    pairs, skipped = [], {}
-    for path, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
-        adapter = open_adapter(
-            path, arch=architecture.name, format=format, alpha=alpha, allow_pickle=allow_pickle, plugins=plugins
-        ).require_sound()
-        selected, left_out = adapter.selected(target, exclude)
-        skipped[adapter.origin.path] = _tensor_names(adapter, left_out)
-        pairs.append((selected, weight))
-    plan = operation.plan(
-        opened, architecture, pairs, out_name=Path(out).name, dtype=dtype, skipped=skipped, allow_noop=allow_noop
-    )
+    architecture = _family(opened, reading.pop("arch", ""), running)
+    pairs = [
+        (open_adapter(path, arch=architecture.name, **reading).require_sound().selected(target, exclude), weight)
+        for path, weight in zip(adapters, weights, strict=True)
+    ]
+    plan = operation.plan(opened, architecture, pairs, out_name=Path(out).name, dtype=dtype, allow_noop=allow_noop)
     plan.preview.sources |= {"base": str(base), **{f"adapter {n + 1}": str(a) for n, a in enumerate(adapters)}}
-    return _finish(
-        plan,
-        [base, *adapters],
-        out,
-        resources=resources,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
-        plugins=plugins,
-    )
+    return _finish(plan, [base, *adapters], out, **running)
 
 
 def extract(
@@ -114,19 +105,14 @@ def extract(
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
     arch: str = "",
-    dry_run: bool = False,
-    force: bool = False,
-    resources: Resources = EVERYTHING,
-    progress: Progress | None = None,
-    plugins: Plugins | None = None,
+    **running: Unpack[Running],
 ) -> Report:
     """Extract the rank-`rank` delta of `tuned` against `base` into an adapter in the format `to`."""
     from loratool.operations import extract as operation
 
-    plugins = plugins or installed()
     opened, opened_base = checkpoint.open_base(str(tuned)), checkpoint.open_base(str(base))
-    architecture = _family(opened, plugins, arch)
-    format = plugins.format(to)
+    architecture = _family(opened, arch, running)
+    format = _plugins(running).format(to)
     plan = operation.plan(
         opened,
         opened_base,
@@ -137,13 +123,11 @@ def extract(
         rest=rest,
         target=target,
         exclude=exclude,
-        memory=resources.memory,
+        memory=running.get("resources", EVERYTHING).memory,
         options=_spelling(format, Path(out), opened.config),
     )
     plan.preview.sources |= {"tuned": str(tuned), "base": str(base)}
-    return _finish(
-        plan, [tuned, base], out, resources=resources, dry_run=dry_run, force=force, progress=progress, plugins=plugins
-    )
+    return _finish(plan, [tuned, base], out, **running)
 
 
 def resize(
@@ -155,39 +139,19 @@ def resize(
     dtype: str = "keep",
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    arch: str = "",
-    format: str = "",
-    alpha: float | None = None,
-    allow_pickle: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    resources: Resources = EVERYTHING,
-    progress: Progress | None = None,
-    plugins: Plugins | None = None,
+    **settings: Unpack[Settings],
 ) -> Report:
     """Change the rank of an adapter, in its own format; modules that the globs leave out are dropped and named."""
     from loratool.operations import resize as operation
 
-    plugins = plugins or installed()
+    reading, running = _split(settings)
     rule = Rule(rank, energy)
-    opened = open_adapter(
-        adapter, arch=arch, format=format, alpha=alpha, allow_pickle=allow_pickle, plugins=plugins
-    ).require_sound()
-    selected, left_out = opened.selected(target, exclude)
-    spelled = plugins.format(opened.origin.format)
-    plan = operation.plan(
-        selected,
-        _architecture(selected, plugins),
-        rule,
-        spelled,
-        dtype=dtype,
-        options=_spelling(spelled, Path(out), None),
-        skipped=_tensor_names(opened, left_out),
-    )
+    opened = open_adapter(adapter, **reading).require_sound().selected(target, exclude)
+    format = _plugins(running).format(opened.origin.format)
+    options = _spelling(format, Path(out), None)
+    plan = operation.plan(opened, _architecture(opened, running), rule, format, dtype=dtype, options=options)
     plan.preview.sources["adapter"] = str(adapter)
-    return _finish(
-        plan, [adapter], out, resources=resources, dry_run=dry_run, force=force, progress=progress, plugins=plugins
-    )
+    return _finish(plan, [adapter], out, **running)
 
 
 def convert(
@@ -197,65 +161,29 @@ def convert(
     to: str,
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    arch: str = "",
-    format: str = "",
-    alpha: float | None = None,
-    allow_pickle: bool = False,
     drop_unmapped: bool = False,
-    dry_run: bool = False,
-    force: bool = False,
-    resources: Resources = EVERYTHING,
-    progress: Progress | None = None,
-    plugins: Plugins | None = None,
+    **settings: Unpack[Settings],
 ) -> Report:
     """Write an adapter in the format `to`; the factors' bytes do not change."""
     from loratool.operations import convert as operation
 
-    plugins = plugins or installed()
-    opened = open_adapter(
-        adapter, arch=arch, format=format, alpha=alpha, allow_pickle=allow_pickle, plugins=plugins
-    ).require_sound()
-    selected, left_out = opened.selected(target, exclude)
-    spelled = plugins.format(to)
-    plan = operation.plan(
-        selected,
-        _architecture(selected, plugins),
-        spelled,
-        options=_spelling(spelled, Path(out), None),
-        skipped=_tensor_names(opened, left_out),
-        drop_unmapped=drop_unmapped,
-    )
+    reading, running = _split(settings)
+    opened = open_adapter(adapter, **reading).require_sound().selected(target, exclude)
+    format = _plugins(running).format(to)
+    options = _spelling(format, Path(out), None)
+    plan = operation.plan(opened, _architecture(opened, running), format, options=options, drop_unmapped=drop_unmapped)
     plan.preview.sources["adapter"] = str(adapter)
-    return _finish(
-        plan, [adapter], out, resources=resources, dry_run=dry_run, force=force, progress=progress, plugins=plugins
-    )
+    return _finish(plan, [adapter], out, **running)
 
 
-def compare(
-    first: StrPath,
-    second: StrPath,
-    *,
-    arch: str = "",
-    alpha: float | None = None,
-    allow_pickle: bool = False,
-    dry_run: bool = False,
-    resources: Resources = EVERYTHING,
-    progress: Progress | None = None,
-    plugins: Plugins | None = None,
-) -> Report:
+def compare(first: StrPath, second: StrPath, **settings: Unpack[Settings]) -> Report:
     """Compare the updates of two adapters, whatever their formats and ranks."""
     from loratool.operations import compare as operation
 
-    plugins = plugins or installed()
-    one, two = (
-        open_adapter(a, arch=arch, alpha=alpha, allow_pickle=allow_pickle, plugins=plugins).require_sound()
-        for a in (first, second)
-    )
-    plan = operation.plan(one, two)
+    reading, running = _split(settings)
+    plan = operation.plan(*(open_adapter(a, **reading).require_sound() for a in (first, second)))
     plan.preview.sources |= {"first": str(first), "second": str(second)}
-    if dry_run:
-        return _preview(plan)
-    return engine.measure(plan, resources, progress)
+    return _finish(plan, [], None, **running)
 
 
 def open_adapter(
@@ -269,9 +197,7 @@ def open_adapter(
 ) -> Adapter:
     """Open an adapter in whatever format it is. Headers only; `findings` says what is wrong with it."""
     plugins = plugins or installed()
-    source = checkpoint.open_adapter(str(path), allow_pickle=allow_pickle)
-    if alpha is not None:
-        source = replace(source, config={"peft_type": "LORA", **(source.config or {}), "lora_alpha": alpha})
+    source = replace(checkpoint.open_adapter(str(path), allow_pickle=allow_pickle), alpha=alpha)
     formats = [plugins.format(format)] if format else [f for f in plugins.formats() if f.detect(source)]
     if len(formats) != 1:
         names = ", ".join(f.name for f in formats)
@@ -284,18 +210,23 @@ def open_adapter(
     return formats[0].read(source, families)
 
 
-def _tensor_names(adapter: Adapter, targets: Sequence[Target]) -> list[str]:
-    """Return the tensors of some targets, for the ledger."""
-    names = [ref.name for t in targets for delta in adapter.deltas[t] for ref in delta.refs]
-    return names + [adapter.base_copies[t].name for t in targets if t in adapter.base_copies]
+def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what opening adapters takes, and what running takes; an unknown name fails where it is passed on."""
+    reading = {n: v for n, v in settings.items() if n in Reading.__annotations__ or n == "plugins"}
+    return reading, {n: v for n, v in settings.items() if n not in Reading.__annotations__}
 
 
-def _architecture(adapter: Adapter, plugins: Plugins) -> Architecture | None:
+def _plugins(running: Mapping[str, Any]) -> Plugins:
+    return running.get("plugins") or installed()
+
+
+def _architecture(adapter: Adapter, running: Mapping[str, Any]) -> Architecture | None:
     """Return the family of an adapter; where several agree on every name, the first."""
-    return plugins.architecture(adapter.families[0]) if adapter.families else None
+    return _plugins(running).architecture(adapter.families[0]) if adapter.families else None
 
 
-def _family(base: checkpoint.Checkpoint, plugins: Plugins, arch: str) -> Architecture:
+def _family(base: checkpoint.Checkpoint, arch: str, running: Mapping[str, Any]) -> Architecture:
+    plugins = _plugins(running)
     family = family_of(base, plugins, arch)
     if family is None:
         kind = (base.config or {}).get("model_type") or (base.config or {}).get("_class_name") or "no config"
@@ -325,26 +256,26 @@ def _spelling(format: Format, out: Path, config: Mapping[str, object] | None) ->
 def _finish(
     plan: Plan,
     inputs: Sequence[StrPath],
-    out: StrPath,
+    out: StrPath | None,
     *,
-    resources: Resources,
-    dry_run: bool,
-    force: bool,
-    progress: Progress | None,
-    plugins: Plugins,
+    dry_run: bool = False,
+    force: bool = False,
+    resources: Resources = EVERYTHING,
+    progress: Progress | None = None,
+    plugins: Plugins | None = None,
 ) -> Report:
-    """Run the plan, or return its preview."""
-    plan.preview.out = str(out)
-    plan.preview.findings += plugins.findings
-    writer.check_target(Path(out), map(str, inputs), single_file=plan.single_file, force=force)
+    """Run the plan and publish what it writes, or return its preview."""
+    report = plan.preview
+    report.findings += (plugins or installed()).findings
+    if out is not None:
+        report.out = str(out)
+        writer.check_target(Path(out), map(str, inputs), single_file=plan.single_file, force=force)
     if dry_run:
-        return _preview(plan)
+        report.dry_run = True
+        return report
+    if out is None:
+        return engine.measure(plan, resources, progress)
     return engine.execute(plan, Path(out), resources, force=force, progress=progress)
-
-
-def _preview(plan: Plan) -> Report:
-    plan.preview.dry_run = True
-    return plan.preview
 
 
 def _files(path: Path) -> list[Path]:

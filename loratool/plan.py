@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from loratool import dtypes
-from loratool.adapter import Finding
+from loratool.adapter import Adapter, Finding
 from loratool.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -118,6 +118,11 @@ class Ledger:
     def note(self, source: str, names: object, fate: str) -> None:
         """Record that tensors of `source` were used, passed, skipped (by the user's glob) or dropped (by a flag)."""
         self.fates.setdefault(source, {}).update(dict.fromkeys(names, fate))  # type: ignore[call-overload]
+
+    def note_adapter(self, adapter: Adapter) -> None:
+        """Record that an adapter's tensors were used, less those that the user's globs left out."""
+        self.note(adapter.origin.path, adapter.names, "used")
+        self.note(adapter.origin.path, adapter.skipped, "skipped")
 
     def open_names(self, source: str, names: object) -> list[str]:
         """Return the tensors of `source` whose fate is not recorded."""

@@ -119,12 +119,14 @@ class TensorSource:
     """An opened source of tensors: a checkpoint, a component of one, or the files of an adapter.
 
     `tensors` is in file order; `metadata` is the header's string map; `config` the parsed JSON beside it, or None.
+    `alpha` is the user's word where the files have none.
     """
 
     path: str
     tensors: Mapping[str, TensorRef]
     metadata: Mapping[str, str]
     config: Mapping[str, object] | None = None
+    alpha: float | None = None
 
     def small(self, name: str) -> float:
         """Return the number in a one-element tensor; storage inlines the bytes of those for adapters."""

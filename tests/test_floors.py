@@ -63,7 +63,9 @@ def test_a_module_imports_only_lower_floors(path: Path):
 
 
 def test_the_nouns_have_no_import_cycle():
-    graph = {n: {i.split(".")[1] for i in imports(ROOT / f"loratool/{n}.py") if i.startswith("loratool.")} for n in SIBLINGS}
+    graph = {
+        n: {i.split(".")[1] for i in imports(ROOT / f"loratool/{n}.py") if i.startswith("loratool.")} for n in SIBLINGS
+    }
     while graph:
         leaves = {n for n, below in graph.items() if not below & graph.keys() - {n}}
         assert leaves, f"a cycle among {sorted(graph)}"

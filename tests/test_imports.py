@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "transformers", "huggingface_hub", "peft", "diffusers", "numpy", "accelerate")
-SCRIPT = """
+SCRIPT = f"""
 import sys
 sys.argv = ["loratool", *sys.argv[1:]]
 from loratool.cli.main import main
@@ -17,9 +17,9 @@ try:
 except SystemExit as error:
     assert not error.code, error.code
 finally:
-    heavy = sorted(m for m in %r if m in sys.modules)
+    heavy = sorted(m for m in {HEAVY!r} if m in sys.modules)
     print("HEAVY", heavy, file=sys.stderr)
-""" % (HEAVY,)
+"""
 
 
 def heavy_modules(code: str, *arguments: object) -> str:
@@ -37,7 +37,9 @@ def adapter(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("adapter")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    save_file({f"{name}A.weight": torch.ones(2, 8), f"{name}B.weight": torch.ones(8, 2)}, folder / "adapter_model.safetensors")
+    save_file(
+        {f"{name}A.weight": torch.ones(2, 8), f"{name}B.weight": torch.ones(8, 2)}, folder / "adapter_model.safetensors"
+    )
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     return folder
 

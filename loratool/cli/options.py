@@ -42,7 +42,7 @@ force = click.option("--force", is_flag=True, help="Replace an existing output, 
 dry_run = click.option("-n", "--dry-run", is_flag=True, help="Plan everything, write nothing.")
 arch = click.option("--arch", default="", metavar="NAME", help="The model family, instead of detecting it.")
 format_ = click.option("--format", default="", metavar="NAME", help="The input's format, instead of detecting it.")
-alpha = click.option("--alpha", type=float, help="The alpha of an adapter whose config is lost.")
+alpha = click.option("--alpha", type=float, help="The alpha of an adapter whose files do not say it.")
 allow_pickle = click.option(
     "--allow-pickle", is_flag=True, help="Open .bin files (weights_only); pickles can be hostile."
 )

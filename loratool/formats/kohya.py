@@ -53,7 +53,7 @@ class Kohya:
             families, targets, unknown = _best(modules, architectures)
             findings += unknown
         deltas, broken = build(
-            modules, targets, ("lora_down", "lora_up"), lambda m, rank: (alphas.get(m) or rank) / rank
+            modules, targets, ("lora_down", "lora_up"), lambda m, rank: (alphas.get(m) or source.alpha or rank) / rank
         )
         return Adapter(
             deltas=deltas,

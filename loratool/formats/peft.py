@@ -201,6 +201,11 @@ def _config(source: TensorSource) -> tuple[dict[str, Any], list[Finding]]:
         except (ValueError, AssertionError, RecursionError):
             findings.append(error(_EMBEDDED, "the config in the file's header is not a JSON object with unique keys"))
             return {}, findings
+    if source.alpha is not None:
+        told = config.get("lora_alpha", source.alpha)
+        if told != source.alpha:
+            findings.append(error("--alpha", f"{source.alpha:g} was given, the config says {_short(told)}"))
+        config = {"peft_type": "LORA", **config, "lora_alpha": source.alpha}
     if not config:
         hint = "put adapter_config.json beside it, or give --alpha"
         return {}, [error("adapter_config.json", "there is no config, so the strength (lora_alpha) is unknown", hint)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from loratool.adapter import Adapter, Finding
 from loratool.architecture import Architecture
@@ -17,7 +17,6 @@ def plan(
     format: Format,
     *,
     options: Mapping[str, str],
-    skipped: Sequence[str] = (),
     drop_unmapped: bool = False,
 ) -> Plan:
     """Plan the conversion; what the format cannot hold is an error that lists it, unless `drop_unmapped`."""
@@ -31,8 +30,7 @@ def plan(
             hint="--drop-unmapped leaves them out",
         )
     ledger = Ledger()
-    ledger.note(adapter.origin.path, adapter.names, "used")
-    ledger.note(adapter.origin.path, skipped, "skipped")
+    ledger.note_adapter(adapter)
     tensors = [ref for file in written.files if isinstance(file, TensorFile) for ref in file.tensors]
     report = Report(
         verb="convert",

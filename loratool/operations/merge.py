@@ -181,7 +181,6 @@ def plan(
     *,
     out_name: str,
     dtype: str = "keep",
-    skipped: Mapping[str, Sequence[str]] | None = None,
     allow_noop: bool = False,
 ) -> Plan:
     """Plan the merge of `adapters` (each with its weight) into `base`; every mismatch is reported at once.
@@ -210,7 +209,7 @@ def plan(
         },
         rows=[t.row for t in touched.values()],
         findings=[f for a, _ in adapters for f in a.findings],
-        ledger=_ledger(base, adapters, touched, skipped or {}).summary(),
+        ledger=_ledger(base, adapters, touched).summary(),
         files=[f.name for f in files],
     )
 
@@ -336,16 +335,13 @@ def _ledger(
     base: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
     touched: Mapping[str, Touched],
-    skipped: Mapping[str, Sequence[str]],
 ) -> Ledger:
     """Return the fate of every tensor: the base's are merged or copied, the adapters' are used or skipped by a glob."""
     ledger = Ledger()
     ledger.note(base.path, [n for n in base.tensors if n in touched], "merged")
     ledger.note(base.path, [n for n in base.tensors if n not in touched], "copied")
     for adapter, _ in adapters:
-        source = adapter.origin.path
-        ledger.note(source, adapter.names, "used")
-        ledger.note(source, skipped.get(source, ()), "skipped")
+        ledger.note_adapter(adapter)
     return ledger
 
 

@@ -123,7 +123,6 @@ def plan(
     *,
     dtype: str = "keep",
     options: Mapping[str, str],
-    skipped: Sequence[str] = (),
 ) -> Plan:
     """Plan the recompression of every delta of `adapter` under `rule`, written in `format`."""
     units = tuple(
@@ -132,7 +131,9 @@ def plan(
         for delta in adapter.deltas[t]
     )
     report = Report(verb="resize", findings=list(adapter.findings))
-    report.ledger = _ledger(adapter, skipped).summary()
+    ledger = Ledger()
+    ledger.note_adapter(adapter)
+    report.ledger = ledger.summary()
     report.totals = {"modules": len(units), "bytes_before": sum(u.work for u in units)}
     if rule.rank is not None and all(rule.rank >= u.delta.rank for u in units):
         what = f"no module has a rank above {max(u.delta.rank for u in units)}: nothing gets smaller"
@@ -165,10 +166,3 @@ def settled_factors(outs: Sequence[Out], rank: int, spooled: Spooled) -> LowRank
     """Return the spooled factors at their settled rank, with scale 1."""
     down, up = factor_shapes(outs[0].shape, outs[1].shape, rank)
     return LowRank(spooled(outs[0].name, down), spooled(outs[1].name, up), 1.0)
-
-
-def _ledger(adapter: Adapter, skipped: Sequence[str]) -> Ledger:
-    ledger = Ledger()
-    ledger.note(adapter.origin.path, adapter.names, "used")
-    ledger.note(adapter.origin.path, skipped, "skipped")
-    return ledger

@@ -188,7 +188,15 @@ def _open_index(path: Path) -> Checkpoint:
             hint="the checkpoint is incomplete: fetch it again",
         )
     metadata = shards[0].header.metadata
-    return Checkpoint(str(path), tensors, metadata, None, tuple(shards), dict(index), path.name, str(path.parent))
+    return Checkpoint(
+        str(path),
+        tensors,
+        metadata,
+        shards=tuple(shards),
+        index=dict(index),
+        index_name=path.name,
+        folder=str(path.parent),
+    )
 
 
 def _contained(index: Path, name: str) -> Path:
