@@ -18,7 +18,7 @@ def page() -> str:
 
     parts = ["# Commands\n\nWritten by `docs/generate.py` from `loratool COMMAND --help`."]
     for name in COMMANDS:
-        context = click.Context(cli, info_name="loratool")
+        context = click.Context(cli, info_name="loratool", **cli.context_settings)
         command = cli.get_command(context, name)
         assert command is not None
         parts += [f"## loratool {name}\n\n```\n{_help(command, name, context)}\n```"]

@@ -49,7 +49,7 @@ def read_header(path: Path) -> Header:
         raise StorageError(f"cannot be read: {error.strerror}", where=path) from None
     if len(text) < length:
         raise FormatError(f"the file ends inside its header ({size:,} bytes)", where=path, hint=_DAMAGED)
-    if not text.startswith(b"{"):  # the library does not skip white space here
+    if not text.startswith(b"{"):  # the format page: the header must begin so
         raise FormatError("the header is not a JSON object: not a safetensors file?", where=path)
     entries = jsonfile.parse(text, path)
     metadata = entries.pop("__metadata__", {})

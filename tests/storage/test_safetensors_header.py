@@ -219,6 +219,36 @@ def test_the_message_says_what_is_wrong_with_a_header(
         ours.read_header(path)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a":{"dtype":"F32","shape":[],"data_offsets":[-0,4]}}',
+        '{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4.0]}}',
+        '{"a":{"dtype":"F32","shape":"","data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},}',
+        '{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}',
+        '{"\\ud800":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}',
+        '{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}',
+        '[{"dtype":"F32","shape":[],"data_offsets":[0,4]}]',
+    ],
+)
+def test_what_the_library_cannot_parse_is_refused_although_python_can(tmp_path: Path, header: str) -> None:
+    content = file_of(header, bytes(4))
+    with pytest.raises(safetensors.SafetensorError):
+        listing(content)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(FormatError):
+        ours.read_header(path)
+
+
+def test_a_header_that_begins_with_a_space_is_refused_as_the_format_page_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of(' {"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', bytes(4)))
+    with pytest.raises(FormatError, match="not a safetensors file"):
+        ours.read_header(path)
+
+
 def test_a_duplicate_name_is_refused_although_the_library_takes_the_last(tmp_path: Path) -> None:
     one, two = json.dumps(entry("F32", [1], [0, 4])), json.dumps(entry("I32", [1], [0, 4]))
     content = file_of(f'{{"a":{one},"a":{two}}}', struct.pack("<f", 1.0))
