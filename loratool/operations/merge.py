@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import prod, sqrt
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratool import dtypes
-from loratool.adapter import Adapter, Target
+from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture
 from loratool.errors import InputError, MismatchError
 from loratool.operations.matching import Place, misfit, places, tied_partner
@@ -34,7 +35,7 @@ from loratool.plan import (
     TensorFile,
     Unit,
 )
-from loratool.storage.checkpoint import Checkpoint, Shard, companions
+from loratool.storage.checkpoint import Checkpoint, Shard, companions, is_inside
 from loratool.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -197,7 +198,11 @@ def plan(
         units += shard_units
     for adapter, _ in adapters:
         units += [SameValues(ref, known[t].ref) for t, ref in adapter.base_copies.items()]
-    files = (*weights, *(_companion_files(base, weights, dtype) if base.folder else ()))
+    files: tuple[OutFile, ...] = tuple(weights)
+    findings = [f for a, _ in adapters for f in a.findings]
+    if base.folder:
+        beside, notes = _companion_files(base, weights, dtype)
+        files, findings = (*files, *beside), [*findings, *notes]
     report = Report(
         verb="merge",
         totals={
@@ -208,7 +213,7 @@ def plan(
             "dtypes": sorted({ref.dtype for file in weights for ref in file.tensors}),
         },
         rows=[t.row for t in touched.values()],
-        findings=[f for a, _ in adapters for f in a.findings],
+        findings=findings,
         ledger=_ledger(base, adapters, touched).summary(),
         files=[f.name for f in files],
     )
@@ -311,12 +316,17 @@ def _plan_shard(shard: Shard, name: str, touched: Mapping[str, Touched], dtype: 
     return TensorFile(name, tuple(refs), shard.header.metadata, shard.header.raw if same else None), units
 
 
-def _companion_files(base: Checkpoint, weights: Sequence[TensorFile], dtype: str) -> list[OutFile]:
+def _companion_files(
+    base: Checkpoint, weights: Sequence[TensorFile], dtype: str
+) -> tuple[list[OutFile], list[Finding]]:
     """Return the config, tokenizer and licence files, and the index, adapted where the dtype changed."""
     changed = any(file.header is None for file in weights)
     files: list[OutFile] = []
+    findings: list[Finding] = []
     for name in companions(base.folder):
-        if name == "config.json" and changed and base.config:
+        if not is_inside(Path(base.folder, name), Path(base.folder)):
+            findings.append(Finding("warning", name, "not copied: it is a link that leads out of the base's folder"))
+        elif name == "config.json" and changed and base.config:
             field = "dtype" if "dtype" in base.config else "torch_dtype"
             files.append(JsonFile(name, {**base.config, field: dtype}))
         else:
@@ -328,7 +338,7 @@ def _companion_files(base: Checkpoint, weights: Sequence[TensorFile], dtype: str
         files.append(JsonFile(base.index_name, {**base.index, "metadata": metadata}))
     elif base.index_name:
         files.append(CopiedFile(base.index_name, f"{base.folder}/{base.index_name}"))
-    return files
+    return files, findings
 
 
 def _ledger(

@@ -116,6 +116,15 @@ def companions(folder: str) -> list[str]:
     return names
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, stays in its folder; the blobs of the Hugging Face cache count as inside."""
+    real, home = path.resolve(), folder.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":  # snapshots/<commit>/x -> ../../blobs/<digest>
+        roots.append(home.parent.parent / "blobs")
+    return any(real.is_relative_to(root) for root in roots)
+
+
 def _adapter_folder(place: Path) -> Path:
     """Return the folder itself, or the one subfolder that holds an adapter (PEFT saves named adapters so)."""
     if is_adapter_folder(str(place)):
@@ -207,15 +216,11 @@ def _contained(index: Path, name: str) -> Path:
     for rules in (PurePosixPath(name), PureWindowsPath(name)):
         if rules.is_absolute() or rules.drive or rules.root or ".." in rules.parts:
             raise refused
-    path, folder = index.parent / name, index.parent.resolve()
-    real = path.resolve()
-    roots = [folder]
-    if folder.parent.name == "snapshots":  # the Hugging Face cache: snapshots/<commit>/x -> ../../blobs/<digest>
-        roots.append(folder.parent.parent / "blobs")
-    if not any(real.is_relative_to(root) for root in roots):
+    path, folder = index.parent / name, index.parent
+    if not is_inside(path, folder):
         raise refused
     try:
-        mode = real.stat().st_mode
+        mode = path.stat().st_mode
     except OSError:
         raise StorageError(
             "the index names a shard that is missing", where=path, hint="fetch the checkpoint again"

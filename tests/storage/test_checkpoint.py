@@ -270,3 +270,19 @@ def test_a_pipe_or_a_giant_beside_the_weights_does_not_go_along(tmp_path: Path) 
         file.truncate(65 << 20)
     (tmp_path / "config.json").write_text("{}")
     assert companions(str(tmp_path)) == ["config.json"]
+
+
+def test_a_companion_that_links_out_of_the_folder_is_not_copied_and_named(tmp_path):
+    from tiny_files import write_adapter, write_base
+
+    import loratool
+
+    secret = tmp_path / "secret.txt"
+    secret.write_text("not yours")
+    base = write_base(tmp_path / "base")
+    (base / "vocab.txt").symlink_to(secret)
+    (base / "merges.txt").symlink_to(base / "config.json")
+    report = loratool.merge(base, [write_adapter(tmp_path / "adapter")], tmp_path / "out")
+    assert not (tmp_path / "out" / "vocab.txt").exists()
+    assert (tmp_path / "out" / "merges.txt").read_text() == (base / "config.json").read_text()
+    assert [f.where for f in report.findings if "link" in f.what] == ["vocab.txt"]
