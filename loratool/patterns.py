@@ -88,12 +88,16 @@ def selects(pattern: str, path: str, component: str = "") -> bool:
     scope, _, text = pattern.rpartition(":")
     if scope and scope != component:
         return False
-    names = path.split(".")
-    return any(
-        _match(skeleton.elements, tuple(names[start:])) is not None
-        for skeleton in parse(text)
-        for start in range(len(names))
-    )
+    names = tuple(path.split("."))
+    return any(_ends(skeleton.elements, names) for skeleton in parse(text))
+
+
+def _ends(elements: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    """Whether some suffix of `names` matches; only one can, except where a subtree takes any number of names."""
+    if elements[-1] != "**":
+        return len(elements) <= len(names) and _match(elements, names[len(names) - len(elements) :]) is not None
+    size = len(elements)
+    return any(_match(elements, names[at : at + size]) is not None for at in range(len(names) - size + 1))
 
 
 def flatten(path: str) -> str:

@@ -36,8 +36,8 @@ def error(where: str, what: str, hint: str = "") -> Finding:
 def shape_problem(down: TensorRef, up: TensorRef) -> str:
     """Say what is wrong with the shapes or dtypes of a pair, or nothing."""
     shapes = f"down {list(down.shape)}, up {list(up.shape)}"
-    if not all(dtypes.torch_name(ref.dtype).startswith(("float", "bfloat")) for ref in (down, up)):
-        return f"the factors are no floating-point numbers: down {down.dtype}, up {up.dtype}"
+    if not (dtypes.is_float(down.dtype) and dtypes.is_float(up.dtype)):  # 8-bit floats need scales that no file has
+        return f"the factors are no floating-point numbers of 16 bits or more: down {down.dtype}, up {up.dtype}"
     if len(down.shape) < 2 or len(up.shape) != len(down.shape):
         return f"the factors have no matching dimensions: {shapes}"
     if 0 in down.shape or 0 in up.shape:

@@ -16,6 +16,7 @@ from math import sqrt
 from time import monotonic
 from typing import Any
 
+from loratool import strictjson
 from loratool.adapter import Adapter, Finding, Origin, Target
 from loratool.architecture import Architecture, Known
 from loratool.errors import FormatError, UsageError
@@ -26,7 +27,9 @@ from loratool.tensors import TensorRef, TensorSource
 
 _WRAPPER = "base_model.model."
 _BASE_COPY = ".base_layer.weight"  # PEFT saves the untouched embedding beside its adapter
-#: Where a single file carries the config: the header key that diffusers reads and writes.
+#: The header key for a single file's config, as diffusers spells it: a model's save_lora_adapter writes bare fields, a
+#: pipeline's save_lora_weights puts the component before every field and tensor (`unet.r`). Loading a pipeline, or a
+#: model with a prefix, diffusers reads only what has that prefix; load_lora_adapter(prefix=None) reads bare fields.
 _EMBEDDED = "lora_adapter_metadata"
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B)"
@@ -68,6 +71,7 @@ _HARMLESS = {
     "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config", "merge_weights",
     "tuner_type",
 }  # fmt: skip
+_REPEAT = re.compile(r"\{(?:[0-9]+(?:,[0-9]*)?|,[0-9]*)\}")
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _WAY_OUT = "this part of the PEFT format is not carried yet; it is refused so that it cannot be lost"
 
@@ -86,8 +90,8 @@ class Peft:
 
     def read(self, source: TensorSource, architectures: tuple[Architecture, ...]) -> Adapter:
         """Read the adapter. Without a config, alpha must be in the file's header or is an error finding."""
-        config, findings = _config(source)
-        modules, copies, odd = _modules(source.tensors)
+        config, prefix, findings = _config(source)
+        modules, copies, odd = _modules({name.removeprefix(prefix): ref for name, ref in source.tensors.items()})
         findings += odd
         raw = {m: _bare(m) for m in modules}
         if len({m.count(_WRAPPER) for m in modules}) > 1:
@@ -190,17 +194,14 @@ def _modules(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], dict[s
     return modules, copies, findings
 
 
-def _config(source: TensorSource) -> tuple[dict[str, Any], list[Finding]]:
-    """Return the config and what is wrong with it."""
-    config = dict(source.config or {})
+def _config(source: TensorSource) -> tuple[dict[str, Any], str, list[Finding]]:
+    """Return the config, the component's prefix on the names of the tensors, and what is wrong with the config."""
+    config, prefix = dict(source.config or {}), ""
     findings: list[Finding] = []
     if not config and _EMBEDDED in source.metadata:
-        try:
-            config = json.loads(source.metadata[_EMBEDDED], object_pairs_hook=_unique, parse_constant=float)
-            assert isinstance(config, dict)
-        except (ValueError, AssertionError, RecursionError):
-            findings.append(error(_EMBEDDED, "the config in the file's header is not a JSON object with unique keys"))
-            return {}, findings
+        config, prefix = _embedded(source, findings)
+        if findings:
+            return {}, "", findings
     if source.alpha is not None:
         told = config.get("lora_alpha", source.alpha)
         if told != source.alpha:
@@ -208,7 +209,8 @@ def _config(source: TensorSource) -> tuple[dict[str, Any], list[Finding]]:
         config = {"peft_type": "LORA", **config, "lora_alpha": source.alpha}
     if not config:
         hint = "put adapter_config.json beside it, or give --alpha"
-        return {}, [error("adapter_config.json", "there is no config, so the strength (lora_alpha) is unknown", hint)]
+        what = "there is no config, so the strength (lora_alpha) is unknown"
+        return {}, "", [error("adapter_config.json", what, hint)]
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         findings.append(error("peft_type", f"{kind} adapters are not supported yet", _WAY_OUT))
@@ -222,13 +224,27 @@ def _config(source: TensorSource) -> tuple[dict[str, Any], list[Finding]]:
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         what = f"{start} changed the base model before training; this adapter fits that changed base only"
         findings.append(error("adapter_config.json: init_lora_weights", what, _WAY_OUT))
-    return config, findings
+    return config, prefix, findings
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key occurs twice")  # the last would win silently
-    return dict(pairs)
+def _embedded(source: TensorSource, findings: list[Finding]) -> tuple[dict[str, Any], str]:
+    """Return the config in the file's header, and the component's prefix where diffusers put one on every name."""
+    try:
+        config = strictjson.parse(source.metadata[_EMBEDDED], _EMBEDDED)
+    except FormatError as problem:
+        findings.append(error(_EMBEDDED, f"the config in the file's header is {problem.what}"))
+        return {}, ""
+    components = sorted({name.rpartition(".")[0] for name in config})
+    if len(components) > 1:
+        told = ", ".join(repr(c[:40]) for c in components[:4])
+        findings.append(error(_EMBEDDED, f"the config in the file's header is for several models: {told}", _WAY_OUT))
+        return {}, ""
+    prefix = components[0] + "." if components and components[0] else ""
+    strange = next((name for name in source.tensors if not name.startswith(prefix)), None)
+    if strange is not None:
+        findings.append(error(_EMBEDDED, f"the config in the file's header is for {prefix}*, not for {strange!r}"))
+        return {}, ""
+    return {name.removeprefix(prefix): value for name, value in config.items()}, prefix
 
 
 def _short(value: object) -> str:
@@ -267,19 +283,36 @@ def _is_number(value: object) -> bool:
 
 
 class _Pattern:
-    """rank_pattern or alpha_pattern: untrusted regular expressions, matched with a timeout."""
+    """rank_pattern or alpha_pattern: literal keys are looked up; the rest are untrusted regular expressions, timed."""
+
+    patience, budget = 1.0, 5.0  # seconds: shared by slow matches, and by all that regular expressions take
 
     def __init__(self, config: Mapping[str, Any], field: str, findings: list[Finding]) -> None:
-        self.field, self.findings, self.patience = field, findings, 1.0
+        self.where, self.field, self.findings = f"adapter_config.json: {field}", field, findings
         table = config.get(field) or {}
         if not isinstance(table, dict):
-            findings.append(error(f"adapter_config.json: {field}", "must be an object"))
+            findings.append(error(self.where, "must be an object"))
             table = {}
-        self.entries = [(self._matcher(k), v) for k, v in table.items() if self._usable(k, v)]
+        self.whole: dict[str, tuple[int, Any]] = {}  # module -> place of its key in the table, and value
+        self.last: dict[str, tuple[int, Any]] = {}  # the same by the last element of the path
+        self.regexes: list[tuple[int, Any, str, Callable[..., Any]]] = []
+        for place, (key, value) in enumerate(table.items()):
+            literal = key[1:].replace("\\", "")
+            if not self._usable(key, value):
+                continue
+            if key == "^" + re.escape(literal):  # the spelling of most writers
+                self.whole[literal] = place, value
+            elif re.fullmatch(r"\w+", key):
+                self.last[key] = place, value
+            elif compiled := self._timed(key, self._compile, key):
+                self.regexes.append((place, value, key, compiled.match))
 
     def first(self, module: str, default: Any) -> Any:
         """Return the value of the first key that matches, as PEFT's get_pattern_key does."""
-        values = [value for matches, value in self.entries if matches(module)]
+        literals = (self.whole.get(module), self.last.get(module.rpartition(".")[2]))
+        found = [hit for hit in literals if hit is not None]
+        found += [(place, value) for place, value, key, match in self.regexes if self._matches(key, match, module)]
+        values = [value for _, value in sorted(found)]
         if len(set(values)) > 1:
             what = f"several keys of {self.field} match with different values; PEFT takes the first, {values[0]}"
             self.findings.append(Finding("warning", module, what))
@@ -289,39 +322,43 @@ class _Pattern:
         if _is_number(value) and float(value) > 0 and len(key) <= 4096:  # type: ignore[arg-type]
             return True
         what = f"{key[:80]!r}: {_short(value)} is not a pattern with a positive number"
-        self.findings.append(error(f"adapter_config.json: {self.field}", what))
+        self.findings.append(error(self.where, what))
         return False
 
-    def _matcher(self, key: str) -> Callable[[str], bool]:
-        literal = key[1:].replace("\\", "")
-        if key == "^" + re.escape(literal):  # the spelling of most writers: no regular expression needed
-            return lambda module: module == literal
-        if re.fullmatch(r"\w+", key):
-            return lambda module: module == key or module.endswith("." + key)
+    def _compile(self, key: str) -> Any:
+        """Compile the key as PEFT does, for the module that knows timeouts; None where PEFT would read it otherwise."""
         import regex
 
+        pattern = rf"(.*\.)?({key})$"
+        # regex reads (x){e<=1} as "with one error" and [[:alpha:]] as a class; the rest of its own syntax re refuses
+        odd = "{" in _REPEAT.sub("", key) or "[[" in key or "[:" in key
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                re.compile(key)  # PEFT's own module: regex knows more, such as recursion that eats all memory
-                compiled = regex.compile(rf"(.*\.)?({key})$")
+                re.compile(pattern)  # PEFT's own module: regex knows more, such as recursion that eats all memory
+            if not odd:
+                return regex.compile(pattern, regex.V0)
         except (re.error, regex.error, RecursionError, OverflowError):
-            self.findings.append(error(f"adapter_config.json: {self.field}", f"{key[:80]!r} is not a usable pattern"))
-            return lambda module: False
+            pass
+        self.findings.append(error(self.where, f"{key[:80]!r} is not a usable pattern"))
+        return None
 
-        def matches(module: str) -> bool:
-            start = monotonic()
-            try:
-                return compiled.match(module, timeout=self.patience) is not None
-            except (TimeoutError, MemoryError):
-                where = f"adapter_config.json: {self.field}"
-                raise FormatError(f"the pattern {key[:80]!r} takes forever", where=where) from None
-            finally:
-                spent = monotonic() - start
-                if spent > 0.01:  # slow ones share one second; thousands of quick ones are normal
-                    self.patience = max(self.patience - spent, 0.001)
+    def _matches(self, key: str, match: Callable[..., Any], module: str) -> bool:
+        return self._timed(key, match, module, timeout=max(min(self.patience, self.budget), 0.001)) is not None
 
-        return matches
+    def _timed(self, key: str, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        start = monotonic()
+        try:
+            if self.budget <= 0:
+                raise TimeoutError
+            return work(*arguments, **options)
+        except (TimeoutError, MemoryError):
+            raise FormatError(f"the pattern {key[:80]!r} takes forever", where=self.where) from None
+        finally:
+            spent = monotonic() - start
+            self.budget -= spent
+            if spent > 0.01:  # slow ones share one second; thousands of quick ones are normal
+                self.patience = max(self.patience - spent, 0.001)
 
 
 def _module_names(adapter: Adapter, architecture: Architecture | None, model_class: str) -> dict[Target, str]:

@@ -13,13 +13,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loratool import dtypes
+from loratool import dtypes, strictjson
 from loratool.errors import FormatError, StorageError
-from loratool.storage import jsonfile
 from loratool.tensors import Span, TensorInfo, TensorRef
 
 HEADER_CAP = 16 << 20
 TENSOR_CAP = 200_000
+DIMENSION_CAP = 16  # weights have five at most, and torch stops at 64
+NAME_CAP = 4096  # bytes
 
 
 class Header(NamedTuple):
@@ -51,7 +52,7 @@ def read_header(path: Path) -> Header:
         raise FormatError(f"the file ends inside its header ({size:,} bytes)", where=path, hint=_DAMAGED)
     if not text.startswith(b"{"):  # the format page: the header must begin so
         raise FormatError("the header is not a JSON object: not a safetensors file?", where=path)
-    entries = jsonfile.parse(text, path)
+    entries = strictjson.parse(text, path)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("__metadata__ must map strings to strings", where=path)
@@ -67,6 +68,8 @@ _DAMAGED = "the file is damaged or its download was cut off: fetch it again"
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorRef:
+    if len(name.encode()) > NAME_CAP:
+        raise FormatError(f"a tensor name is longer than {NAME_CAP:,} bytes: {name[:80]!r}...", where=path)
     try:
         dtype, sizes, (low, high) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if len(entry) != 3 or not isinstance(sizes, list) or not isinstance(entry["data_offsets"], list):
@@ -74,12 +77,14 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> TensorRef:
         shape, numbers = tuple(sizes), (*sizes, low, high)
     except (KeyError, TypeError, ValueError):
         raise FormatError(f"the header entry of {name!r} is malformed", where=path) from None
+    if len(shape) > DIMENSION_CAP:  # before anything multiplies or prints them
+        raise FormatError(f"{name!r} has {len(shape):,} dimensions, more than {DIMENSION_CAP}", where=path)
     if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise FormatError(f"the header entry of {name!r} has impossible numbers", where=path)
     if prod(n for n in shape if n) >= 1 << 63:  # 0 x 2^40 x 2^40 has no bytes, and no torch tensor either
         raise FormatError(f"{name!r} has the impossible shape {list(shape)}", where=path)
     if not isinstance(dtype, str) or not dtypes.is_known(dtype):
-        raise FormatError(f"{name!r} has the unknown dtype {dtype!r}", where=path)
+        raise FormatError(f"{name!r} has the unknown dtype {str(dtype)[:40]!r}", where=path)
     if prod(shape) * dtypes.itemsize(dtype) != high - low:
         raise FormatError(f"{name!r}: shape {list(shape)} of {dtype} does not take {high - low} bytes", where=path)
     return TensorRef(name, shape, dtype, (Span(str(path), start + low, high - low),))

@@ -1,11 +1,16 @@
 """Every spelling of a PEFT adapter is read to the same thing, and scalings are PEFT's own."""
 
+import contextlib
+import itertools
 import json
+import re
+import time
 import warnings
 
 import peft
 import pytest
 import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
@@ -125,7 +130,19 @@ def test_a_config_in_the_files_header_is_used(llama, tmp_path):
     assert merged_bytes(base, lone, tmp_path / "m") == reference
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"r": NaN', "{" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1]",
+        '{"r": NaN',
+        "{" * 100_000,
+        '{"lora_dropout": NaN}',
+        '{"lora_alpha": 1e999}',
+        '{"a": "\\ud800"}',
+        '"a"',
+    ],
+)
 def test_a_damaged_config_in_the_header_is_an_error(text, llama, tmp_path):
     base, folder, _, _ = llama
     lone = tmp_path / "lone.safetensors"
@@ -326,3 +343,137 @@ def test_names_that_two_families_read_differently_are_refused(tmp_path):
 def test_every_refusal_is_a_loratool_error():
     assert issubclass(AmbiguityError, LoratoolError)
     assert issubclass(FormatError, InputError)
+
+
+def adapter_with(folder, modules, **config):
+    factors = {}
+    for module in modules:
+        factors[f"{WRAPPER}{module}.lora_A.weight"] = torch.ones(2, 2)
+        factors[f"{WRAPPER}{module}.lora_B.weight"] = torch.ones(2, 2)
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+SPELLINGS = [
+    r"^model\.layers\.0\.q_proj",
+    "q_proj",
+    r".*\.q_proj",
+    "^model.layers.[01].q_proj",
+    r"layers\.\d{1,2}\.q_proj",
+]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(len(SPELLINGS)), 3)), ids=str)
+def test_the_first_key_wins_however_the_keys_are_spelled(order, tmp_path):
+    alphas = {SPELLINGS[n]: 2 * n + 4 for n in order}
+    modules = ["model.layers.0.q_proj", "model.layers.11.q_proj"]
+    adapter = open_adapter(adapter_with(tmp_path, modules, alpha_pattern=alphas)).require_sound()
+    assert {m: by_module(adapter)[m].scaling for m in modules} == {
+        m: alphas.get(get_pattern_key(alphas.keys(), m), 2) / 2 for m in modules
+    }
+    warned = {f.where for f in adapter.findings if "several keys" in f.what}
+    assert warned == {m for m in modules if sum(get_pattern_key([k], m) == k for k in alphas) > 1}
+
+
+def test_thousands_of_literal_keys_for_thousands_of_modules_cost_little(tmp_path):
+    modules = [f"blocks.{n}.to_q{n % 40}" for n in range(4000)]
+    alphas = {"^" + re.escape(m): n + 1 for n, m in enumerate(modules)} | {f"x{n}": 1 for n in range(4000)}
+    adapter_with(tmp_path, modules, alpha_pattern=alphas)
+    start = time.monotonic()
+    adapter = open_adapter(tmp_path).require_sound()
+    assert time.monotonic() - start < 2
+    assert [by_module(adapter)[m].scaling for m in modules[::500]] == [(n + 1) / 2 for n in range(0, 4000, 500)]
+
+
+def test_quick_regular_expressions_have_a_deadline_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("loratool.formats.peft._Pattern.budget", 0.2)
+    modules = [f"blocks.{n}.to_q" for n in range(1000)]
+    adapter_with(tmp_path, modules, alpha_pattern={f"y{n}.*": 4 for n in range(1000)})
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"alpha_pattern: the pattern 'y.*takes forever"):
+        open_adapter(tmp_path)
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "(q_projX){e<=1}",
+        "(q_projX){1<=e<=2}",
+        "(q_projX){i,d}",
+        "[[:alpha:]]_proj",
+        "[_[:alpha:]]+proj",
+        "(?i)Q_PROJ",  # a flag in the middle of PEFT's expression: an error in Python 3.11
+        r"\m\w*proj",
+        r"\p{L}_proj",
+        "(?|q|k)_proj",
+        r"\L<names>",
+        "(?<n>q)_proj",
+    ],
+)
+def test_a_key_that_pythons_re_reads_otherwise_is_refused_by_name(field, key, tmp_path):
+    modules = ["model.q_proj", "model.k_proj"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # re warns of [[
+        with contextlib.suppress(re.error):  # PEFT fails, or takes it as matching nothing
+            assert get_pattern_key([key], modules[0]) == modules[0]
+    adapter = open_adapter(adapter_with(tmp_path, modules, **{field: {key: 2}}))
+    (found,) = [f for f in adapter.findings if f.level == "error"]
+    assert found.where == f"adapter_config.json: {field}"
+    assert repr(key) in found.what
+
+
+@pytest.mark.parametrize(
+    "key", ["q_proj)|(k_proj", "(a{2})+|q_proj", r"\w{6}", r"\w{,6}", r".{1,}\.q_proj", "(?i:Q_PROJ)"]
+)
+def test_a_key_that_pythons_re_reads_alike_is_matched_as_peft_matches_it(key, tmp_path):
+    modules = ["model.q_proj", "model.k_proj", "model.other"]
+    adapter = open_adapter(adapter_with(tmp_path, modules, alpha_pattern={key: 8})).require_sound()
+    wanted = {m: 4 if get_pattern_key([key], m) == key else 1 for m in modules}
+    assert {m: by_module(adapter)[m].scaling for m in modules} == wanted
+    assert 4 in wanted.values()
+
+
+def save_pipeline_file(tiny, folder, *components, **layers):
+    """What diffusers writes for a pipeline; the header has the configs of `components` only."""
+    torch.manual_seed(6)
+    config = peft.LoraConfig(
+        target_modules=["to_q", "conv1"], r=4, lora_alpha=6, alpha_pattern={"conv1": 3}, init_lora_weights=False
+    )
+    unet = tiny("unet")
+    unet.add_adapter(config)
+    for name in components:
+        layers[f"{name}_lora_adapter_metadata"] = unet.peft_config["default"].to_dict()
+    layers.setdefault("unet_lora_layers", peft.get_peft_model_state_dict(unet))
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, **layers)
+    return unet, folder / "pytorch_lora_weights.safetensors"
+
+
+def test_a_file_of_a_diffusers_pipeline_with_one_component_is_read_with_its_header(tiny, saved, run_model, tmp_path):
+    _, base = saved("unet")
+    unet, file = save_pipeline_file(tiny, tmp_path / "saved", "unet")
+    wanted = run_model("unet", unet.eval())
+    assert not torch.allclose(wanted, run_model("unet", tiny("unet")), atol=1e-3)
+    loratool.convert(file, tmp_path / "plain", to="peft", arch="stable-diffusion")
+    for number, adapter in enumerate((file, tmp_path / "plain")):
+        loratool.merge(base, [adapter], tmp_path / f"m{number}")
+        merged = type(unet).from_pretrained(tmp_path / f"m{number}").eval()
+        torch.testing.assert_close(run_model("unet", merged), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_header_with_the_configs_of_several_components_is_refused(tiny, tmp_path):
+    weights = {f"text_model.encoder.layers.0.self_attn.q_proj.lora_{f}.weight": torch.ones(4, 4) for f in "AB"}
+    _, file = save_pipeline_file(tiny, tmp_path, "unet", "text_encoder", text_encoder_lora_layers=weights)
+    found = [f for f in open_adapter(file).findings if f.where == "lora_adapter_metadata"]
+    assert ["'text_encoder', 'unet'" in f.what for f in found] == [True]
+
+
+def test_a_header_with_the_config_of_another_component_is_refused(tiny, tmp_path):
+    _, file = save_pipeline_file(tiny, tmp_path, "unet")
+    config = json.dumps({"text_encoder.r": 4, "text_encoder.lora_alpha": 6})
+    save_file(load_file(file), tmp_path / "other.safetensors", {"lora_adapter_metadata": config})
+    with pytest.raises(InputError, match=r"text_encoder\.\*, not for 'unet\."):
+        open_adapter(tmp_path / "other.safetensors").require_sound()

@@ -7,6 +7,8 @@ import math
 import os
 import re
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from tiny_files import (
     HIDDEN,
     K1,
     Q0,
+    environment,
     factors,
     peft_config,
     run_main,
@@ -144,6 +147,34 @@ def test_an_adapter_with_a_broken_tensor_is_refused_by_every_verb(
 ) -> None:
     write_adapter(tmp_path / "adapter", tensors)
     refused(INPUT, *VERBS[verb], says=("adapter", *says), hint=False)
+
+
+NO_FACTORS = {
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+@every_verb
+@pytest.mark.parametrize("dtype", NO_FACTORS, ids=str)
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+@pytest.mark.usefixtures("base")
+def test_factors_that_are_no_numbers_to_compute_with_are_refused_by_every_verb(
+    tmp_path: Path, refused: Refused, verb: str, dtype: torch.dtype, form: str
+) -> None:
+    down, up = torch.ones(4, HIDDEN).to(dtype), torch.ones(HIDDEN, 4).to(dtype)
+    command = VERBS[verb]
+    if form == "peft":
+        write_adapter(tmp_path / "adapter", changed(q0_A=down, q0_B=up))
+    else:
+        name = "lora_te_model_layers_0_self_attn_q_proj"
+        save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "a.safetensors")
+        command = tuple("a.safetensors" if word == "adapter" else word for word in command)
+    refused(INPUT, *command, says=("no floating-point", f"down {NO_FACTORS[dtype]}", "q_proj"), hint=False)
 
 
 def test_a_module_that_the_base_lacks_is_named_with_the_bases_path(tmp_path: Path, base: str, refused: Refused) -> None:
@@ -334,6 +365,14 @@ def test_a_key_that_occurs_twice_in_an_embedded_config_is_refused(tmp_path: Path
     text = '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_alpha": 800}'
     save_file(factors(), tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
     refused(INPUT, "merge", "base", "a.safetensors", "-o", "out", says=("lora_adapter_metadata",), hint=False)
+
+
+def test_an_embedded_config_is_judged_without_assertions_too(tmp_path: Path, base: str) -> None:
+    save_file(factors(), tmp_path / "a.safetensors", {"lora_adapter_metadata": "[1]"})
+    command = [sys.executable, "-O", "-m", "loratool", "merge", "base", "a.safetensors", "-o", "out"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == INPUT, ended.stderr
+    assert "lora_adapter_metadata" in ended.stderr
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

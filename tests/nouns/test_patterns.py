@@ -1,6 +1,7 @@
 """The pattern language: what matches, what is malformed, and flat names that come back."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -122,3 +123,22 @@ def test_a_literal_number_is_not_an_index():
 def test_layers_name_every_element():
     with pytest.raises(UsageError, match="wildcard"):
         Lexicon([("a.**", 1)])
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "{i}", "*"]), max_size=4),
+    st.sampled_from(["a", "{i}", "*", "**"]),
+    st.lists(st.sampled_from(["a", "b", "0", "12"]), min_size=1, max_size=6),
+)
+def test_selecting_is_matching_some_end_of_the_path_and_a_subtree_goes_on(elements, last, names):
+    spelled = {"{i}": r"\d+", "*": r"[^.]+", "**": r".+"}
+    wanted = r"(.+\.)?" + r"\.".join(spelled.get(e, e) for e in [*elements, last])
+    path = ".".join(names)
+    assert selects(".".join([*elements, last]), path) == bool(re.fullmatch(wanted, path))
+
+
+@pytest.mark.parametrize("pattern", ["b.q_proj", "b.**", "(a|b|c).{i}.*"])
+def test_a_path_of_very_many_elements_costs_little(pattern):
+    start = time.monotonic()
+    assert not selects(pattern, "a." * 50_000 + "x")
+    assert time.monotonic() - start < 0.5

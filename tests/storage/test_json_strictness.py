@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,11 @@ def test_what_is_written_is_plain_json_and_the_same_in_every_order(content: dict
 def test_not_a_number_is_never_written() -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         jsonfile.dump({"a": float("nan")})
+
+
+def test_a_duplicate_among_very_many_keys_is_found_at_once() -> None:
+    raw = "{" + ",".join(f'"k{n}": 0' for n in range(20_000)) + ',"k19999": 1}'
+    start = time.monotonic()
+    with pytest.raises(FormatError, match="duplicate key 'k19999'"):
+        jsonfile.parse(raw, "x")
+    assert time.monotonic() - start < 1

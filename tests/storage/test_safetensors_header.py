@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -343,3 +344,37 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(tmp_path: 
         file.truncate(2000)
     with Loader() as load, pytest.raises(StorageError, match="was it changed"):
         load(ref)
+
+
+@pytest.mark.parametrize("size", [1, 0, 2**63 - 1], ids=["one", "zero", "huge"])
+def test_a_tensor_of_very_many_dimensions_is_refused_shortly_and_at_once(tmp_path: Path, size: int) -> None:
+    made = {"a": entry("F32", [size] * 40_000, [0, 4 if size == 1 else 0])}
+    (tmp_path / "x").write_bytes(file_of(json.dumps(made), bytes(4 if size == 1 else 0)))
+    start = time.monotonic()
+    with pytest.raises(FormatError, match="'a' has 40,000 dimensions") as caught:
+        ours.read_header(tmp_path / "x")
+    assert time.monotonic() - start < 1
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 16])
+def test_as_many_dimensions_as_weights_have_are_read(tmp_path: Path, count: int) -> None:
+    save_file({"a": torch.zeros([1] * count)}, tmp_path / "x")
+    assert ours.read_header(tmp_path / "x").tensors[0].shape == (1,) * count
+
+
+@pytest.mark.parametrize("name", ["x" * 4097, "é" * 2049], ids=["ASCII", "bytes count"])
+def test_a_very_long_tensor_name_is_refused_shortly(tmp_path: Path, name: str) -> None:
+    save_file({name: torch.zeros(1)}, tmp_path / "x")
+    with pytest.raises(FormatError, match="longer than 4,096 bytes") as caught:
+        ours.read_header(tmp_path / "x")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+    save_file({name[: 4096 // len(name[0].encode())]: torch.zeros(1)}, tmp_path / "x")
+    assert len(ours.read_header(tmp_path / "x").tensors) == 1
+
+
+def test_an_unknown_dtype_is_quoted_in_short(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(file_of(json.dumps({"a": entry("F" * 100_000, [], [0, 0])})))
+    with pytest.raises(FormatError, match="unknown dtype") as caught:
+        ours.read_header(tmp_path / "x")
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
