@@ -7,17 +7,21 @@ one that is larger than the whole budget runs alone.
 
 from __future__ import annotations
 
+import gc
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
-from loratool.errors import InputError, UsageError
-from loratool.plan import Emit, Facts, JsonFile, Load, Out, Plan, Report, Unit
+from loratool.errors import InputError, LoratoolError, StorageError, UsageError
+from loratool.plan import CopiedFile, Facts, JsonFile, Out, Plan, Report, Unit
 from loratool.storage.writer import Staging
 from loratool.tensors import Span, TensorRef
 
@@ -25,6 +29,12 @@ if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[int, int], None]
+#: Of every input, by path: size, time of change, inode.
+Inputs = Mapping[str, tuple[int, int, int]]
+
+
+class _Stopped(BaseException):
+    """Raised in a worker when the run has ended without it; nobody sees it."""
 
 
 class Resources(NamedTuple):
@@ -62,45 +72,51 @@ EVERYTHING = Resources()
 
 def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progress: Progress | None) -> Report:
     """Run a plan, publish its output at `out`, and return the report. All appears at `out`, or nothing."""
-    with Staging(out, digest(plan, resources), single_file=plan.single_file) as stage:
-        stage.prepare(plan.files)
-        stage.prepare_spool(o for unit in plan.units for o in unit.outs if not o.file)
+    inputs = inputs_of((plan.units, plan.files))
+    with Staging(out, digest(plan, resources, inputs), single_file=plan.single_file) as stage:
+        stage.prepare(plan.files, [o for unit in plan.units for o in unit.outs if not o.file])
         facts = run(plan.units, resources, stage, progress)
         report, more = plan.settle(facts, stage.spooled)
-        stage.prepare(more)
         files = [*plan.files, *more]
+        if plan.single_file and len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
+            what = f"the output is one file, and its format wrote {len(files)} ({names}): please report this bug"
+            raise LoratoolError(what, where=out)
+        inputs = {**inputs_of(more), **inputs}
+        stage.prepare(more)
         report.out = str(out)
         if not plan.single_file:
             record = JsonFile("loratool.report.json", report.as_dict())
             stage.prepare([record])
             files.append(record)
+        _check_unchanged(inputs)
         stage.publish(files, force=force)
     return report
 
 
 def measure(plan: Plan, resources: Resources, progress: Progress | None) -> Report:
     """Run a plan that has no output, such as a comparison."""
-    return plan.settle(run(plan.units, resources, None, progress), _no_spool).report
+    inputs = inputs_of(plan.units)
+    facts = run(plan.units, resources, None, progress)
+    _check_unchanged(inputs)
+    return plan.settle(facts, _no_spool).report
 
 
 def run(
     units: Sequence[Unit], resources: Resources, stage: Staging | None, progress: Progress | None
 ) -> dict[str, Facts]:
     """Run the units that the stage's journal does not know yet; return the facts of all, in plan order."""
+    twice = [key for key, count in Counter(u.key for u in units).items() if count > 1]
+    if twice:
+        raise LoratoolError(f"two units of the plan are called {twice[0]!r}: please report this bug")
     done: Mapping[str, Facts] = stage.done if stage else {}
     facts = {u.key: done[u.key] for u in units if u.key in done}
     pending = [u for u in units if u.key not in facts]
     if pending:
-        from loratool.storage.load import Loader, as_bytes
-
-        def emit(out: Out, row: int, tensor: torch.Tensor) -> None:
-            assert stage is not None
-            stage.write(out, row, as_bytes(tensor))
-
         total = sum(u.work for u in units)
         finished = total - sum(u.work for u in pending)
-        with _one_thread_each(), Loader(resources.chosen_device()) as load:
-            for unit, fact in _completed(pending, load, emit, resources):
+        with _one_thread_each(), _frozen_garbage(), _workers(resources, stage) as submit:
+            for unit, fact in _completed(pending, submit, resources.threads, resources.memory):
                 facts[unit.key] = fact
                 if stage:
                     stage.record(unit.key, fact)
@@ -110,29 +126,84 @@ def run(
     return {u.key: facts[u.key] for u in units}
 
 
-def _completed(pending: Sequence[Unit], load: Load, emit: Emit, resources: Resources) -> Iterator[tuple[Unit, Facts]]:
-    """Run units in order of the plan as workers and memory allow; yield each as it ends. The first error stops all."""
+@contextmanager
+def _workers(resources: Resources, stage: Staging | None) -> Iterator[Callable[[Unit], Future[Facts]]]:
+    """Give a function that has a worker run a unit. The first error stops all.
+
+    An error waits for the other workers, which end at their next reading or writing. An interrupt does not: a worker
+    may be in the middle of a decomposition that takes a minute. Files that such a worker uses stay open until it ends.
+    """
+    import torch
+
+    from loratool.storage.load import Loader, as_bytes
+
+    stopped = Event()
+
+    def emit(out: Out, row: int, tensor: torch.Tensor) -> None:
+        assert stage is not None
+        data = as_bytes(tensor)
+        if stopped.is_set():
+            raise _Stopped
+        stage.write(out, row, data)
+
+    def load(ref: TensorRef, into: torch.Tensor | None = None) -> torch.Tensor:
+        if stopped.is_set():
+            raise _Stopped
+        return loader(ref, into)
+
+    def compute(unit: Unit) -> Facts:
+        with torch.no_grad():  # of each thread
+            return unit.run(load, emit)
+
+    pool = ThreadPoolExecutor(resources.threads, thread_name_prefix="loratool")
+    with Loader(resources.chosen_device()) as loader:
+        waits = True
+        try:
+            yield lambda unit: pool.submit(compute, unit)
+        except Exception:
+            raise
+        except BaseException:
+            waits = False
+            raise
+        finally:
+            stopped.set()
+            pool.shutdown(wait=waits, cancel_futures=True)
+
+
+def _completed(
+    pending: Sequence[Unit], submit: Callable[[Unit], Future[Facts]], threads: int, memory: int
+) -> Iterator[tuple[Unit, Facts]]:
+    """Run units in order of the plan as workers and memory allow; yield each as it ends."""
     queue = list(reversed(pending))
     running: dict[Future[Facts], Unit] = {}
-    pool = ThreadPoolExecutor(resources.threads, thread_name_prefix="loratool")
+    while queue or running:
+        while queue and len(running) < threads:
+            taken = sum(unit.scratch for unit in running.values())
+            if running and taken + queue[-1].scratch > memory:
+                break
+            unit = queue.pop()
+            running[submit(unit)] = unit
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in sorted(finished, key=lambda f: running[f].key):
+            yield running.pop(future), future.result()
+
+
+@contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Spare the garbage collector what the plan is made of: looking through it again and again took 5 % of a merge."""
+    if gc.get_freeze_count():  # by the caller, who would not want it thawed, or by another run
+        yield
+        return
+    gc.freeze()
     try:
-        while queue or running:
-            while queue and len(running) < resources.threads:
-                taken = sum(unit.scratch for unit in running.values())
-                if running and taken + queue[-1].scratch > resources.memory:
-                    break
-                unit = queue.pop()
-                running[pool.submit(unit.run, load, emit)] = unit
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in sorted(finished, key=lambda f: running[f].key):
-                yield running.pop(future), future.result()
+        yield
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        gc.unfreeze()
 
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """One intra-op thread a worker, without gradients; the caller's setting comes back afterwards."""
+    """One intra-op thread a worker; the caller's setting comes back afterwards."""
     import torch
 
     before = torch.get_num_threads()
@@ -147,23 +218,52 @@ def _no_spool(name: str, shape: tuple[int, ...]) -> TensorRef:
     raise InputError(f"this plan spooled nothing, and {name} was asked for")
 
 
-def digest(plan: Plan, resources: Resources) -> str:
+def digest(plan: Plan, resources: Resources, inputs: Inputs) -> str:
     """Return what identifies a plan and its inputs: a killed run is resumed only by exactly the same one."""
     from loratool import __version__
 
-    state = sha256(f"loratool {__version__} on {resources.device}".encode())
-    for text in (*map(repr, plan.units), *map(repr, plan.files)):
+    state = sha256(f"loratool {__version__}, torch {_torch_version()}".encode())
+    if plan.units:
+        state.update(f"on {resources.chosen_device().partition(':')[0]}".encode())
+    for text in (*map(repr, plan.units), *map(repr, plan.files), *map(repr, sorted(inputs.items()))):
         state.update(text.encode())
-    for path in sorted(_paths((plan.units, plan.files))):
-        status = Path(path).stat()
-        state.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode())
     return state.hexdigest()
 
 
+def _torch_version() -> str:
+    """Ask the installation, for importing torch takes longer than many a conversion."""
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def inputs_of(value: object) -> Inputs:
+    """Look at every input file that a value refers to."""
+    return {path: _look(path) for path in _paths(value)}
+
+
+def _look(path: str) -> tuple[int, int, int]:
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise StorageError(f"cannot be read: {error.strerror}", where=path) from None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _check_unchanged(inputs: Inputs) -> None:
+    """Refuse what was made of an input that changed meanwhile: part of it may be old and part of it new."""
+    for path, before in inputs.items():
+        if _look(path) != before:
+            raise StorageError("this input was changed while it was being used", where=path, hint="run it again")
+
+
 def _paths(value: object) -> set[str]:
-    """The files behind every TensorRef in a value."""
+    """The files behind every TensorRef and copy in a value."""
     if isinstance(value, TensorRef):
         return {piece.path for piece in value.pieces if isinstance(piece, Span)}
+    if isinstance(value, CopiedFile):
+        return {value.source}
     if isinstance(value, tuple):
         return set().union(*map(_paths, value))
     if is_dataclass(value):

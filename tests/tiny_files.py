@@ -5,7 +5,6 @@ The sizes are tiny but most weights are not square, so that a transposition cann
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -123,7 +122,6 @@ def run_main(*arguments: object) -> int:
         return int(ending.code or 0)
     finally:
         signal.signal(signal.SIGTERM, handler)
-        gc.enable()
     raise AssertionError("main returned")
 
 

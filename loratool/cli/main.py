@@ -6,12 +6,12 @@ bug, and then to a file.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -63,18 +63,33 @@ def cli(**_: Any) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    gc.disable()  # a command makes hardly any cycles; looking for them took 5 % of a merge's CPU
     for library in ("OMP", "MKL", "OPENBLAS"):  # workers are the parallelism: pools of idle threads only spin
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    sys.exit(_run(arguments, debug="--debug" in arguments))
+    code = _run(arguments, debug="--debug" in arguments)
+    if code in (130, 143):
+        _leave_at_once(code)
+    sys.exit(code)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Exit without waiting for workers, one of which may be in a decomposition that takes a minute."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _interrupted(cause: BaseException, code: int) -> int:
+    """Say what became of the output where a run left word of it; click wraps a KeyboardInterrupt into its own."""
+    render.interrupted(*getattr(cause.__cause__ or cause, "__notes__", ()))
+    return code
 
 
 def _stopped(ending: SystemExit) -> int:
     """Return the exit code where something below asked to exit: our own handler of SIGTERM, or a broken pipe."""
     if ending.code == 143:
-        render.interrupted()
-        return 143
+        return _interrupted(ending, 143)
     return 141  # click and rich exit with 1 when the reader has seen enough
 
 
@@ -89,9 +104,8 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        render.interrupted()
-        return 130
+    except (KeyboardInterrupt, click.Abort) as cause:
+        return _interrupted(cause, 130)
     except SystemExit as ending:
         return _stopped(ending)
     except BrokenPipeError:

@@ -38,7 +38,7 @@ plugin = click.option(
 out = click.option(
     "-o", "--out", required=True, metavar="PATH", help="Where to write: a folder, or a .safetensors file."
 )
-force = click.option("--force", is_flag=True, help="Replace an existing output, in one atomic step.")
+force = click.option("--force", is_flag=True, help="Replace an existing output, a folder as a whole, in one step.")
 dry_run = click.option("-n", "--dry-run", is_flag=True, help="Plan everything, write nothing.")
 arch = click.option("--arch", default="", metavar="NAME", help="The model family, instead of detecting it.")
 format_ = click.option("--format", default="", metavar="NAME", help="The input's format, instead of detecting it.")
@@ -112,6 +112,8 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
         from loratool.cli import render
 
         style = {name: kwargs.pop(name) for name in ("as_json", "report", "quiet", "verbose", "debug")}
+        if style["report"]:
+            render.check_report_file(style["report"])
         with render.progress(quiet=style["quiet"] or style["as_json"]) as progress:
             report = command(*args, resources=Resources(device, workers, memory), progress=progress, **kwargs)
         render.report(

@@ -74,9 +74,18 @@ def note(text: str) -> None:
     _console(stderr=True).print(clean(text))
 
 
-def interrupted() -> None:
-    """Say that nothing was written."""
-    _console(stderr=True).print("interrupted: nothing was written")
+def interrupted(*notes: str) -> None:
+    """Say so, and what is known of the output."""
+    _console(stderr=True).print(": ".join(["interrupted", *map(clean, notes)]))
+
+
+def check_report_file(file: str) -> None:
+    """Refuse to write a report over anything but a report (or into what is no file, such as a pipe)."""
+    from loratool.storage.writer import is_report
+
+    path = Path(file)
+    if (path.is_file() or path.is_dir()) and not is_report(path):
+        raise StorageError("this exists and is no report of loratool", where=file, hint="choose another --report")
 
 
 def bug(file: str) -> int:

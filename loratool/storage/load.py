@@ -14,6 +14,7 @@ import torch
 
 from loratool import dtypes
 from loratool.errors import StorageError
+from loratool.storage.descriptor import Descriptor
 from loratool.tensors import Inline, TensorRef
 
 
@@ -22,7 +23,8 @@ class Loader:
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self._files: dict[str, int] = {}
+        self._files: dict[str, Descriptor] = {}
+        self._closed = False
         self._lock = threading.Lock()
 
     def __call__(self, ref: TensorRef, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,11 +44,13 @@ class Loader:
 
     def _read(self, path: str, offset: int, view: memoryview) -> None:
         with self._lock:
+            if self._closed:
+                raise StorageError("the run that wanted this file has ended", where=path)
             if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
-        fd, done = self._files[path], 0
+                self._files[path] = Descriptor(path, os.O_RDONLY)
+            file, done = self._files[path], 0
         while done < len(view):
-            got = os.preadv(fd, [view[done:]], offset + done)
+            got = os.preadv(file.number, [view[done:]], offset + done)
             if not got:
                 raise StorageError(f"the file ends at byte {offset + done:,}: was it changed?", where=path)
             done += got
@@ -57,9 +61,9 @@ class Loader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        with self._lock:
+            self._closed = True  # a worker that comes late must not open files that nobody will close
+            self._files.clear()
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

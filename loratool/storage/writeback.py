@@ -9,6 +9,7 @@ final fsync does all the work.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from loratool.errors import StorageError
 WINDOW = 32 << 20  # bytes that are sent to the disk together
 _LEAST = 4 << 20  # shorter runs are left to the kernel
 _START, _FINISH = 2, 7  # SYNC_FILE_RANGE_WRITE; ... between WAIT_BEFORE and WAIT_AFTER
+_UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ESPIPE)  # the kernel or the file system has no such call: nothing is lost
 
 
 class _Run(NamedTuple):
@@ -37,7 +39,10 @@ class WriteBehind:
 
     def __init__(self) -> None:
         self._mine = threading.local()
-        self._sync = getattr(ctypes.CDLL(None), "sync_file_range", None)
+        self._sync = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+        if self._sync is not None:
+            self._sync.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+            self._sync.restype = ctypes.c_int
 
     def write(self, fd: int, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
@@ -84,6 +89,9 @@ class WriteBehind:
         self._mine.sent = run
 
     def _range(self, run: _Run, flags: int) -> None:
-        """Call sync_file_range; its errors are those that the final fsync will report."""
+        """Call sync_file_range; OSError where the disk failed: the kernel tells a failure once, here or by fsync."""
         assert self._sync is not None
-        self._sync(run.fd, ctypes.c_int64(run.start), ctypes.c_int64(run.nbytes), flags)
+        if self._sync(run.fd, run.start, run.nbytes, flags):
+            failure = ctypes.get_errno()
+            if failure not in _UNABLE:
+                raise OSError(failure, os.strerror(failure))

@@ -6,7 +6,7 @@ the same command run again finds its journal and goes on. Layout of the staging 
 
     .OUT.loratool-<digest>/payload/...   what will become the output
                           /spool         factors waiting for their rank to be settled
-                          /journal       one JSON line a finished unit, under the boot that wrote it
+                          /journal       one JSON line a finished file or unit, under the boot that wrote it
 """
 
 from __future__ import annotations
@@ -15,39 +15,127 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
-from loratool.errors import FormatError, LockedError, StorageError, UsageError
-from loratool.plan import Facts, JsonFile, Out, OutFile, TensorFile
+from loratool.errors import FormatError, LockedError, LoratoolError, StorageError, UsageError
+from loratool.plan import CopiedFile, Facts, JsonFile, Out, OutFile, TensorFile
 from loratool.storage import jsonfile, safetensors
+from loratool.storage.descriptor import Descriptor
 from loratool.storage.writeback import WriteBehind
 from loratool.tensors import Inline, Span, TensorRef
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_REPORT_CAP = 1 << 30
+_HEX = frozenset("0123456789abcdef")
+
+#: What save_pretrained leaves at the top of a folder: `force` may replace these without having written them.
+_KNOWN = re.compile(
+    r"(?:model|adapter_model|pytorch_model|diffusion_pytorch_model)(?:\.fp16)?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
+    r"|(?:model|pytorch_model|diffusion_pytorch_model)\.(?:safetensors|bin)\.index\.json"
+    r"|(?:config|adapter_config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|preprocessor_config|processor_config|chat_template|loratool\.report)\.json"
+    r"|vocab\.txt|merges\.txt|chat_template\.jinja|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model"
+    r"|README\.md|LICENSE(?:\.txt|\.md)?|\.gitattributes"
+)
 
 
-def check_target(out: Path, inputs: Iterable[str], *, single_file: bool, force: bool) -> None:
-    """Refuse an output that exists (without `force`), that is an input or holds one, or that is no place to write."""
+def check_target(
+    out: Path, inputs: Iterable[str], *, single_file: bool, force: bool, names: Collection[str] = ()
+) -> None:
+    """Refuse an output that exists (without `force`), that is an input or holds one, or that is no place to write.
+
+    `names` are the files that the plan is known to write; others may stand in the way of `force`.
+    """
     for name in inputs:
         source, target = Path(name).resolve(), out.resolve()
         if target == source or source.is_relative_to(target) or (source.is_dir() and target.is_relative_to(source)):
             raise UsageError("the output would overwrite or enter an input", where=out, hint="choose another -o")
     if not out.exists():
         return
+    with suppress(LockedError, OSError):  # a run is writing there, or nobody may
+        _sweep(out)
     empty = out.is_dir() and not any(out.iterdir())
     if not force and not empty:
         raise StorageError("the output exists", where=out, hint="choose another -o, or --force to replace it")
+    _check_replaceable(out, single_file, names)
+
+
+def _check_replaceable(out: Path, single_file: bool, names: Collection[str]) -> None:
+    """Refuse to replace a file by a folder, a folder by a file, or a folder that holds what nobody can make again."""
     if out.is_dir() == single_file:
         raise StorageError(
             f"the output is a {'folder' if out.is_dir() else 'file'}", where=out, hint="choose another -o"
         )
-    if out.is_dir() and not empty and not (any(out.glob("*.safetensors")) or (out / "loratool.report.json").exists()):
-        raise StorageError("refusing to replace a folder that holds no weights", where=out, hint="choose another -o")
+    if out.is_dir() and not is_report(out / "loratool.report.json"):
+        found = list(islice(_foreign(out, names), 4))
+        if found:
+            more = " and more" if len(found) > 3 else ""
+            raise StorageError(
+                f"refusing to replace a folder that holds other files: {', '.join(found[:3])}{more}",
+                where=out,
+                hint="choose another -o, or move them away",
+            )
+
+
+def _foreign(folder: Path, names: Collection[str]) -> Iterator[str]:
+    """What a folder holds apart from `names` and from what save_pretrained writes at its top."""
+    for path, folders, files in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if Path(path, name).is_symlink()]
+        for name in sorted((*files, *links)):
+            inside = Path(path, name).relative_to(folder).as_posix()
+            if inside not in names and not _KNOWN.fullmatch(inside):
+                yield inside
+        if not folders and not files and Path(path) != folder:
+            yield f"{Path(path).relative_to(folder).as_posix()}/"
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of loratool."""
+    try:
+        content = jsonfile.read(path, _REPORT_CAP)
+    except LoratoolError:
+        return False
+    return "verb" in content and "ledger" in content
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a run that died after publishing left beside its output. One to be resumed still has its journal."""
+    left = [root for root in _stagings(out) if not (root / "journal").exists()]
+    if not left and not _lock_path(out).exists():
+        return
+    lock = _take_lock(_lock_path(out))
+    try:
+        for root in left:
+            if not (root / "journal").exists():
+                shutil.rmtree(root, ignore_errors=True)
+        _lock_path(out).unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _stagings(out: Path) -> list[Path]:
+    """The staging folders of an output: exactly those, for `OUT.loratool-x` may be another output with its own."""
+    start = f".{out.name}.loratool-"
+    return [
+        path
+        for path in out.parent.iterdir()
+        if path.name.startswith(start) and len(path.name) == len(start) + 16 and set(path.name[-16:]) <= _HEX
+    ]
+
+
+def _lock_path(out: Path) -> Path:
+    return out.parent / f".{out.name}.loratool.lock"
 
 
 class Staging:
@@ -60,11 +148,13 @@ class Staging:
         self.done: dict[str, Facts] = {}
         self._places: dict[tuple[str, str], tuple[int, int]] = {}  # (file, tensor) -> (offset, bytes a row)
         self._spool: dict[str, tuple[int, str]] = {}  # name -> (offset, dtype)
-        self._fds: dict[str, int] = {}
+        self._files: dict[str, Descriptor] = {}  # by name in the payload; the spool is ""
+        self._whole: dict[str, int] = {}  # what the journal calls prepared, below the staging folder -> its size
         self._behind = WriteBehind()
         self._lock = -1
         self._journal = -1
         self._made: list[Path] = []  # folders above the output that this run created
+        self._published: tuple[int, int] | None = None  # device and inode of what is to be published
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -72,8 +162,8 @@ class Staging:
         try:
             self._made = [p for p in self.out.parents if not p.exists()]
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(self._lock_path)
-            for stale in self.out.parent.glob(f".{_glob_escape(self.out.name)}.loratool-*"):
+            self._lock = _take_lock(_lock_path(self.out))
+            for stale in _stagings(self.out):
                 if stale != self.root:
                     shutil.rmtree(stale, ignore_errors=True)
             self._resume()
@@ -87,20 +177,23 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            error.add_note(f"{self.out} was written" if self._is_published() else f"nothing was written to {self.out}")
         self._leave()
         if isinstance(error, OSError):
             raise _storage_error(error, self.out) from error
 
     def _leave(self) -> None:
         """Remove what was staged and give the lock back. What a run without the lock finds belongs to another run."""
-        for fd in (*self._fds.values(), self._journal):
-            if fd >= 0:
-                os.close(fd)
+        self._files.clear()
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
         if self._lock >= 0:
             with suppress(OSError):
                 self._forget()
             shutil.rmtree(self.root, ignore_errors=True)
-            self._lock_path.unlink(missing_ok=True)
+            _lock_path(self.out).unlink(missing_ok=True)
             os.close(self._lock)
         for folder in self._made:
             with suppress(OSError):  # not empty: it holds the output, or somebody else's
@@ -110,32 +203,64 @@ class Staging:
         """Remove the journal: from here on the payload may go, piece by piece, and no later run may trust the rest."""
         (self.root / "journal").unlink(missing_ok=True)
 
-    @property
-    def _lock_path(self) -> Path:
-        return self.out.parent / f".{self.out.name}.loratool.lock"
+    def _is_published(self) -> bool:
+        """Whether the output is ours, asked of the file system: a signal may arrive between any two instructions."""
+        with suppress(OSError):
+            status = self.out.stat()
+            return (status.st_dev, status.st_ino) == self._published
+        return False
 
     def _resume(self) -> None:
         """Read the journal of a killed run of the same plan; start clean where there is none to trust."""
         journal, boot = self.root / "journal", _boot_id()
-        lines = journal.read_bytes().split(b"\n") if journal.is_file() else [b""]
-        if lines[0] != boot:  # after a power loss unsynced data may be gone while its journal line survived
+        # after a power loss unsynced data may be gone while its journal line survived
+        if not self._read_journal(journal, boot):
             shutil.rmtree(self.root, ignore_errors=True)
+            self.done, self._whole = {}, {}
             self.payload.mkdir(parents=True, mode=0o700)
             journal.write_bytes(boot + b"\n")
-            lines = [boot]
-        for line in lines[1:]:
-            try:
-                key, facts = json.loads(line)
-            except ValueError:  # torn by the kill
-                continue
-            self.done[key] = facts
         self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND)
         os.write(self._journal, b"\n")
 
+    def _read_journal(self, journal: Path, boot: bytes) -> bool:
+        """Learn what a killed run had finished; False where it is of another boot, or files that it names are gone."""
+        lines = journal.read_bytes().split(b"\n") if journal.is_file() else [b""]
+        for line in lines[1:]:
+            try:
+                kind, name, value = json.loads(line)
+            except (ValueError, TypeError):  # torn by the kill
+                continue
+            if kind == "file":
+                self._whole[name] = value
+            elif kind == "unit":
+                self.done[name] = value
+            else:
+                self.done.clear()
+        return lines[0] == boot and all(_has_size(self.root / name, size) for name, size in self._whole.items())
+
+    def _note(self, kind: str, name: str, value: object) -> None:
+        os.write(self._journal, json.dumps([kind, name, value]).encode() + b"\n")
+
+    def _note_whole(self, name: str, size: int) -> None:
+        """Journal that a file is prepared: where it is missing later, what units wrote into it is missing, too."""
+        self._whole[name] = size
+        self._note("file", name, size)
+
+    def _forget_units(self) -> None:
+        """Let every unit run again: a file that they write into had to be made anew."""
+        if self.done:
+            self.done.clear()
+            self._note("forget", "", None)
+
     # -- writing ------------------------------------------------------------------------------------------------
 
-    def prepare(self, files: Iterable[OutFile]) -> None:
-        """Create files: headers, preallocated data, and every byte that needs no computing."""
+    def prepare(self, files: Sequence[OutFile], spooled: Sequence[Out] = ()) -> None:
+        """Create files: headers, room for data, and every byte that needs no computing.
+
+        `spooled` are the outputs whose rank is settled later: room in the spool is reserved for them.
+        """
+        spool = sum(_room(out) for out in spooled)
+        self._check_space(sum(map(_size_of, files)) + spool)
         for file in files:
             path = self.payload / file.name
             if not path.resolve().is_relative_to(self.payload.resolve()):
@@ -144,30 +269,56 @@ class Staging:
             if isinstance(file, TensorFile):
                 self._prepare_tensors(file, path)
             elif isinstance(file, JsonFile):
-                path.write_bytes(jsonfile.dump(file.content))
+                self._behind.write(self._create(file.name).number, jsonfile.dump(file.content), 0)
             else:
-                shutil.copyfile(file.source, path)
+                source = Descriptor(file.source, os.O_RDONLY)
+                size = os.fstat(source.number).st_size
+                self._behind.copy(source.number, self._create(file.name).number, 0, 0, size)
+        if spool:
+            self._prepare_spool(spooled, spool)
+
+    def _check_space(self, needed: int) -> None:
+        """Refuse before anything is created; what a killed run already wrote is not needed again."""
+        disk = os.statvfs(self.root)
+        free = disk.f_bavail * disk.f_frsize
+        if needed <= free:
+            return
+        held = sum(p.stat().st_blocks * 512 for p in self.root.rglob("*") if p.is_file())
+        if needed > free + held:
+            raise StorageError(
+                f"{needed:,} bytes are needed, {free + held:,} are free",
+                where=self.out,
+                hint="free some space, or choose an -o on another disk",
+            )
+
+    def _create(self, name: str) -> Descriptor:
+        """Create a file of the payload. It stays open: only the descriptors that wrote are sure to hear of errors."""
+        path = self.payload / name
+        path.unlink(missing_ok=True)
+        self._files[name] = Descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        return self._files[name]
 
     def _prepare_tensors(self, file: TensorFile, path: Path) -> None:
         infos = [ref.info for ref in file.tensors]
-        header = file.header or safetensors.make_header(infos, file.metadata)
-        size = len(header) + sum(info.nbytes for info in infos)
+        header = _header(file)
+        size = _size_of(file)
         # left by the killed run that is being resumed; files that settle made may differ from what it made
-        resumed = f"file:{file.name}" in self.done and _starts_with(path, header, size)
+        resumed = f"payload/{file.name}" in self._whole and _starts_with(path, header, size)
         if resumed:
-            self._fds[file.name] = os.open(path, os.O_RDWR)
+            self._files[file.name] = Descriptor(path, os.O_RDWR)
         else:
-            path.unlink(missing_ok=True)
-            self._fds[file.name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            _allocate(self._fds[file.name], size, self.out)
-            self._behind.write(self._fds[file.name], header, 0)
+            if not all(ref.pieces for ref in file.tensors):
+                self._forget_units()
+            fd = self._create(file.name).number
+            os.ftruncate(fd, size)  # not fallocate: writing into unwritten extents costs ext4 up to five times the CPU
+            self._behind.write(fd, header, 0)
         places = safetensors.offsets(header, infos)
         for ref in file.tensors:
             row = ref.nbytes // ref.shape[0] if ref.shape and ref.shape[0] else ref.nbytes
             self._places[file.name, ref.name] = places[ref.name], row
         if not resumed:
-            self._fill(self._fds[file.name], file.tensors, places)
-            self.record(f"file:{file.name}", {})
+            self._fill(self._files[file.name].number, file.tensors, places)
+            self._note_whole(f"payload/{file.name}", size)
 
     def _fill(self, fd: int, refs: Sequence[TensorRef], places: Mapping[str, int]) -> None:
         """Write every byte of a file that needs no computing."""
@@ -187,22 +338,24 @@ class Staging:
             for source in sources.values():
                 os.close(source)
 
-    def prepare_spool(self, outs: Iterable[Out]) -> None:
+    def _prepare_spool(self, outs: Iterable[Out], size: int) -> None:
         """Reserve room in the spool for outputs whose rank is settled later."""
         at = 0
         for out in outs:
-            nbytes = TensorRef(out.name, out.shape, out.dtype).nbytes
-            self._places["", out.name] = at, nbytes // out.shape[0]
+            self._places["", out.name] = at, _room(out) // out.shape[0]
             self._spool[out.name] = at, out.dtype
-            at += nbytes
-        if at:
-            self._fds[""] = os.open(self.root / "spool", os.O_RDWR | os.O_CREAT, 0o600)
-            os.ftruncate(self._fds[""], max(at, os.fstat(self._fds[""]).st_size))
+            at += _room(out)
+        self._files[""] = Descriptor(self.root / "spool", os.O_RDWR | os.O_CREAT)
+        if self._whole.get("spool") != size:
+            self._forget_units()
+            os.ftruncate(self._files[""].number, size)
+            self._note_whole("spool", size)
 
     def write(self, out: Out, row: int, data: memoryview) -> None:
         """Write rows of a tensor from `row` on. Spooled tensors are written whole, at their final shape."""
         offset, row_bytes = self._places[out.file, out.name]
-        self._behind.write(self._fds[out.file], data, offset + row * row_bytes)
+        file = self._files[out.file]  # held while it is written: an interrupted run lets go of its files meanwhile
+        self._behind.write(file.number, data, offset + row * row_bytes)
 
     def spooled(self, name: str, shape: tuple[int, ...]) -> TensorRef:
         """Return a reference to what was spooled as `name`."""
@@ -213,26 +366,32 @@ class Staging:
     def record(self, key: str, facts: Facts) -> None:
         """Journal a finished unit: a resumed run will not repeat it."""
         self.done[key] = facts
-        os.write(self._journal, json.dumps([key, facts]).encode() + b"\n")
+        self._note("unit", key, facts)
 
     # -- publishing ---------------------------------------------------------------------------------------------
 
     def publish(self, files: Sequence[OutFile], *, force: bool) -> None:
         """Fsync, read back every header, and let the output appear under its name in one step."""
         for file in files:
-            path = self.payload / file.name
             if isinstance(file, TensorFile):
-                _check_written(path, file)
-            _fsync(path)
+                _check_written(self.payload / file.name, file)
+        for written in self._files.values():  # a descriptor opened now would not hear of an error told to these
+            os.fsync(written.number)
         umask = os.umask(0)
         os.umask(umask)
         for path in (self.payload, *self.payload.rglob("*")):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+            if path.is_dir():
+                _fsync(path)
         source = self.payload / files[0].name if self.single_file else self.payload
-        _fsync(self.payload)
+        if force and self.out.exists():  # once more: the run may have taken hours
+            _check_replaceable(self.out, self.single_file, {file.name for file in files})
+        status = source.stat()
+        self._published = status.st_dev, status.st_ino
         self._forget()  # after an exchange the payload is the old output: it must not be resumed as the new one
         _publish(source, self.out, force)
-        _fsync(self.out.parent)
+        for folder in {self.out.parent, *(made.parent for made in self._made)}:
+            _fsync(folder)
 
 
 def _publish(source: Path, out: Path, force: bool) -> None:
@@ -246,8 +405,13 @@ def _publish(source: Path, out: Path, force: bool) -> None:
         source.replace(out)
     elif not _exchange(source, out):
         aside = source.parent / "replaced"
-        out.rename(aside)
-        source.rename(out)
+        try:
+            out.rename(aside)
+            source.rename(out)
+        except BaseException:
+            if aside.exists() and not out.exists():
+                aside.rename(out)
+            raise
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -294,21 +458,30 @@ def _runs(refs: Sequence[TensorRef], places: Mapping[str, int]) -> list[tuple[st
 
 
 def _starts_with(path: Path, header: bytes, size: int) -> bool:
-    if not path.is_file() or path.stat().st_size != size:
+    if not _has_size(path, size):
         return False
     with path.open("rb") as file:
         return file.read(len(header)) == header
 
 
-def _allocate(fd: int, size: int, out: Path) -> None:
-    free = os.fstatvfs(fd)
-    if size > free.f_bavail * free.f_frsize:
-        raise StorageError(
-            f"{size:,} bytes are needed, {free.f_bavail * free.f_frsize:,} are free",
-            where=out,
-            hint="choose another disk",
-        )
-    os.ftruncate(fd, size)  # not fallocate: writing into unwritten extents costs ext4 up to five times the CPU
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _header(file: TensorFile) -> bytes:
+    return file.header or safetensors.make_header([ref.info for ref in file.tensors], file.metadata)
+
+
+def _size_of(file: OutFile) -> int:
+    """Bytes that a file takes on the disk; of JSON, too few to count."""
+    if isinstance(file, TensorFile):
+        return len(_header(file)) + sum(ref.nbytes for ref in file.tensors)
+    return Path(file.source).stat().st_size if isinstance(file, CopiedFile) else 0
+
+
+def _room(out: Out) -> int:
+    """Bytes that an output may take in the spool."""
+    return TensorRef(out.name, out.shape, out.dtype).nbytes
 
 
 def _check_written(path: Path, file: TensorFile) -> None:
@@ -335,10 +508,6 @@ def _boot_id() -> bytes:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
         return b"no boot id: " + os.urandom(8).hex().encode()  # never equal: such a system does not resume
-
-
-def _glob_escape(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _storage_error(error: OSError, out: Path) -> StorageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -140,6 +141,66 @@ def test_a_report_that_cannot_be_written_is_a_storage_error(cli: Cli) -> None:
     outcome = cli("inspect", "adapter", "--report", "nowhere/report.json")
     assert outcome.code == 5
     assert "nowhere/report.json" in outcome.err
+
+
+@pytest.mark.parametrize("content", ["thesis", '{"verb": "merge"}', "[]", ""])
+def test_a_report_does_not_replace_another_file_and_nothing_is_run(cli: Cli, tmp_path: Path, content: str) -> None:
+    (tmp_path / "file").write_text(content)
+    outcome = cli(*VERBS["merge"], "--report", "file")
+    assert outcome.code == 5
+    assert "file" in outcome.err
+    assert (tmp_path / "file").read_text() == content
+    assert not (tmp_path / "out").exists()
+    assert cli(*VERBS["merge"], "--report", "base").code == 5
+
+
+def test_a_report_replaces_a_report_and_goes_into_a_pipe(cli: Cli, tmp_path: Path) -> None:
+    assert cli("inspect", "adapter", "--report", "file").code == 0
+    assert cli("inspect", "other", "--report", "file").code == 0
+    assert json.loads((tmp_path / "file").read_text())["sources"] == {"adapter": "other"}
+    assert cli("inspect", "adapter", "--report", os.devnull).code == 0
+
+
+def test_force_spares_a_folder_that_holds_something_else(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "loras" / "diary").mkdir(parents=True)
+    (tmp_path / "loras" / "my-style.safetensors").touch()
+    (tmp_path / "loras" / "diary" / "thesis.docx").touch()
+    before = snapshot(tmp_path)
+    outcome = cli("resize", "adapter", "--rank", "2", "-o", "loras", "--force")
+    assert outcome.code == 5
+    assert "diary/thesis.docx" in outcome.err
+    assert snapshot(tmp_path) == before
+
+
+def test_an_interrupt_after_publishing_does_not_say_that_nothing_was_written(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)  # this process has more to do
+    monkeypatch.setattr("loratool.cli.render.report", interrupt)
+    outcome = cli(*VERBS["merge"])
+    assert outcome.code == 130
+    assert "interrupted" in outcome.err
+    assert "nothing" not in outcome.err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_garbage_collector_works_while_a_command_runs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    inspect = api.inspect
+
+    def looking(*arguments: Any, **options: Any) -> Any:
+        seen.append(gc.isenabled())
+        return inspect(*arguments, **options)
+
+    monkeypatch.setattr(api, "inspect", looking)
+    assert cli("inspect", "adapter").code == 0
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,6 +1,7 @@
 """Runs of the command line that die, fail or dawdle at a chosen moment. A script: a test starts it as a process.
 
-    faults.py slow ARGUMENTS...           a pause in every unit, so that a signal can arrive in the middle
+    faults.py slow ARGUMENTS...           a pause in every unit (of $PAUSE s), so that a signal can arrive in the middle
+    faults.py stuck ARGUMENTS...          all units but the first take a minute, and no signal wakes them
     faults.py sweep kill|error FILE ...   read {"arguments", "out", "work"} from FILE, and fork one run for every n, in
                                           which the n-th system call that changes a file kills the process or fails
 
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,12 @@ CALLS = (
     "write",
     "pwrite",
     "copy_file_range",
-    "posix_fallocate",
     "fsync",
     "chmod",
     "rename",
     "replace",
 )
+SYSTEM = (("writeback", "WriteBehind._range"), ("writer", "_exchange"))  # sync_file_range and renameat2, by ctypes
 REMOVALS = ("unlink", "rmdir")  # a failing removal may leave something behind; a killed one must not harm
 
 
@@ -89,7 +91,32 @@ def arm(nth: int, what: str) -> list[int]:
 
     for name in (*CALLS, *(REMOVALS if what == "kill" else ())):
         setattr(os, name, wrapped(name))
+    for module, name in SYSTEM:
+        _arm_system_call(module, name, counter, nth, what)
     return counter
+
+
+def _arm_system_call(module: str, name: str, counter: list[int], nth: int, what: str) -> None:
+    from loratool.storage import writeback
+
+    writeback.WINDOW, writeback._LEAST = 1024, 256  # so that tiny files reach the disk in several parts
+    *owners, name = name.split(".")
+    owner = import_module(f"loratool.storage.{module}")
+    for part in owners:
+        owner = getattr(owner, part)
+    call = getattr(owner, name)
+
+    def counted(*arguments: Any) -> Any:
+        counter[0] += 1
+        if counter[0] == nth:
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name == "_exchange":
+                return False  # a system that cannot
+            raise OSError(errno.EIO, "Input/output error (sync_file_range)")
+        return call(*arguments)
+
+    setattr(owner, name, counted)
 
 
 def fork_run(arguments: list[str], log: Path, nth: int = 0, what: str = "kill", count: Path | None = None) -> int:
@@ -121,10 +148,12 @@ def journalled(folder: Path) -> list[str]:
     for journal in folder.glob(".*.loratool-*/journal"):
         for line in journal.read_text().splitlines()[1:]:
             try:
-                keys.append(json.loads(line)[0])
+                kind, key, _ = json.loads(line)
             except ValueError:
                 continue
-    return [k for k in keys if not k.startswith("file:")]
+            if kind == "unit":
+                keys.append(key)
+    return keys
 
 
 def warm_up(arguments: list[str]) -> None:
@@ -185,15 +214,17 @@ def others(out: Path) -> list[str]:
     return sorted(p.name for p in out.parent.iterdir() if p != out)
 
 
-def slow(arguments: list[str]) -> None:
+def slow(arguments: list[str], pause: float, but_first: bool = False) -> None:
     """Run the command line with a pause in every unit."""
     from loratool.cli.main import main
     from loratool.operations import merge
 
-    run = merge.MergePanel.run
+    run, started = merge.MergePanel.run, []
 
     def dawdling(self: Any, load: Any, emit: Any) -> Any:
-        time.sleep(0.15)
+        started.append(self)
+        if len(started) > 1 or not but_first:
+            time.sleep(pause)
         return run(self, load, emit)
 
     merge.MergePanel.run = dawdling  # type: ignore[method-assign]
@@ -202,7 +233,9 @@ def slow(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "slow":
-        slow(sys.argv[2:])
+        slow(sys.argv[2:], float(os.environ.get("PAUSE", "0.15")))
+    elif sys.argv[1] == "stuck":
+        slow(sys.argv[2:], 60, but_first=True)
     else:
         order = json.loads(Path(sys.argv[3]).read_text())
         json.dump(sweep(sys.argv[2], order["arguments"], Path(order["out"]), Path(order["work"])), sys.stdout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -18,8 +20,9 @@ from tiny_files import factors, snapshot, tensors_of_llama, write_adapter, write
 import loratool
 from loratool import engine
 from loratool.engine import Resources
-from loratool.errors import InputError, UsageError
-from loratool.plan import Facts, Plan, Report, Settled
+from loratool.errors import InputError, LoratoolError, StorageError, UsageError
+from loratool.plan import CopiedFile, Facts, JsonFile, OutFile, Plan, Report, Settled
+from loratool.tensors import TensorRef
 
 
 @dataclass
@@ -42,6 +45,10 @@ class Sleeper:
     fails: bool = False
     work: int = 1
     outs: tuple[Any, ...] = ()
+
+    @property
+    def reads(self) -> tuple[TensorRef, ...]:
+        return (TensorRef("bytes", (self.work,), "U8"),)
 
     def run(self, load: Any, emit: Any) -> Facts:
         with self.watch.lock:
@@ -120,6 +127,126 @@ def test_the_callers_number_of_threads_comes_back() -> None:
     before = torch.get_num_threads()
     engine.run([Sleeper("u", 1, Watch())], Resources("cpu", 2), None, None)
     assert torch.get_num_threads() == before
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A unit that calls `ask(load, emit)`, and says what it answers."""
+
+    ask: Any
+    key: str = "asking"
+    scratch: int = 0
+    work: int = 1
+    reads: tuple[TensorRef, ...] = ()
+    outs: tuple[Any, ...] = ()
+
+    def run(self, load: Any, emit: Any) -> Facts:
+        return {"answer": self.ask(load, emit)}
+
+
+def test_units_run_without_gradients() -> None:
+    unit = Asking(lambda load, emit: torch.is_grad_enabled())
+    assert engine.run([unit], Resources("cpu", 1), None, None) == {"asking": {"answer": False}}
+    assert torch.is_grad_enabled()
+
+
+def test_the_garbage_collector_is_spared_the_plan_while_units_run_and_only_then() -> None:
+    unit = Asking(lambda load, emit: (gc.isenabled(), gc.get_freeze_count() > 0))
+    assert engine.run([unit], Resources("cpu", 1), None, None) == {"asking": {"answer": (True, True)}}
+    assert gc.get_freeze_count() == 0
+
+
+def test_two_units_of_one_name_are_refused() -> None:
+    units = [Sleeper(key, 1, Watch()) for key in ("one", "two", "one")]
+    with pytest.raises(LoratoolError, match="'one'"):
+        engine.run(units, Resources("cpu", 1), None, None)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_single_file_that_is_not_one_file_is_refused(tmp_path: Path, count: int) -> None:
+    files: tuple[OutFile, ...] = tuple(JsonFile(f"{n}.json", {}) for n in range(count))
+    plan = Plan((), Report("convert"), lambda *_: Settled(Report("convert"), files), single_file=True)
+    with pytest.raises(LoratoolError, match="1.json" if count else "none"):
+        engine.execute(plan, tmp_path / "out.safetensors", Resources("cpu"), force=False, progress=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["time", "replaced", "removed"])
+def test_an_input_that_changes_during_the_run_is_noticed(tmp_path: Path, change: str) -> None:
+    source = tmp_path / "tokenizer.json"
+    source.write_text("old")
+
+    def meddle(load: Any, emit: Any) -> None:
+        before = source.stat()
+        if change == "time":
+            os.utime(source, ns=(0, before.st_mtime_ns + 1))
+        else:
+            source.rename(tmp_path / "moved")
+        if change == "replaced":  # same size, same time
+            source.write_text("new")
+            os.utime(source, ns=(0, before.st_mtime_ns))
+
+    report = Report("merge")
+    plan = Plan((Asking(meddle),), report, lambda *_: Settled(report), (CopiedFile(source.name, str(source)),))
+    with pytest.raises(StorageError, match=r"tokenizer\.json"):
+        engine.execute(plan, tmp_path / "outs" / "out", Resources("cpu", 1), force=False, progress=None)
+    assert not (tmp_path / "outs").exists()
+
+
+def test_a_comparison_notices_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
+    first, second = write_adapter(tmp_path / "first"), write_adapter(tmp_path / "second")
+
+    def meddle(done: int, total: int) -> None:
+        os.utime(second / "adapter_model.safetensors", ns=(0, done))
+
+    with pytest.raises(StorageError, match="second"):
+        loratool.compare(first, second, progress=meddle)
+
+
+def test_the_digest_knows_device_and_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan((Sleeper("u", 1, Watch()),), Report("merge"), lambda *_: Settled(Report("merge")))
+
+    def digest(device: str) -> str:
+        return engine.digest(plan, Resources(device), {})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert digest("auto") == digest("cuda") == digest("cuda:1") != digest("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = digest("auto")
+    assert before == digest("cpu")
+    monkeypatch.setattr(engine, "version", lambda name: "0.0")
+    assert digest("auto") != before
+
+
+def test_an_interrupt_leaves_at_once_and_the_worker_that_is_left_ends_at_its_next_reading(tmp_path: Path) -> None:
+    begun, go, ended = threading.Event(), threading.Event(), threading.Event()
+    stopped: list[BaseException] = []
+
+    def ask(load: Any, emit: Any) -> None:
+        begun.set()
+        go.wait(30)
+        try:
+            emit(None, 0, torch.zeros(1))
+        except BaseException as error:
+            stopped.append(error)
+            ended.set()
+            raise
+
+    def interrupt(done: int, total: int) -> None:
+        begun.wait(30)
+        raise KeyboardInterrupt
+
+    report = Report("merge")
+    units = (Asking(lambda *_: None, "quick"), Asking(ask))
+    plan = Plan(units, report, lambda *_: Settled(report))
+    with pytest.raises(KeyboardInterrupt):
+        engine.execute(plan, tmp_path / "out", Resources("cpu", 2), force=False, progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+    assert not ended.is_set()
+    go.set()
+    assert ended.wait(30)
+    assert not isinstance(stopped[0], Exception)  # which a unit could take for an error of its own
 
 
 @pytest.mark.parametrize("device", ["banana", "meta", "cuda:99", "mps", "", "cpu:x"])

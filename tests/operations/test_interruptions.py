@@ -51,10 +51,10 @@ def check_kills(result: dict[str, Any], *, force: bool) -> None:
         where = f"killed at call {run['nth']}"
         assert run["state"] in (result["before"], result["after"]), where
         assert run["final"] == result["after"], where
+        assert run["final_left"] == [], where
         assert not set(run["finished"]) & set(run["rerun"]), where
         if run["state"] == result["before"] or force:
             assert run["second"] == 0, where
-            assert run["final_left"] == [], where
             assert sorted({*run["finished"], *run["rerun"]}) == result["units"], where
         else:
             assert run["second"] == 5, where  # the output exists: the dead run had published it
@@ -133,7 +133,7 @@ def test_a_resumed_resize_notices_that_its_adapter_has_changed(tmp_path: Path) -
     digests = []
     for _ in range(2):
         made = plan(open_adapter(adapter), None, Rule(2), Peft(), options={})
-        digests.append(engine.digest(made, engine.Resources("cpu")))
+        digests.append(engine.digest(made, engine.Resources("cpu"), engine.inputs_of((made.units, made.files))))
         weights = adapter / "adapter_model.safetensors"
         os.utime(weights, ns=(1, weights.stat().st_mtime_ns + 1_000_000))
     assert digests[0] != digests[1]
@@ -142,9 +142,10 @@ def test_a_resumed_resize_notices_that_its_adapter_has_changed(tmp_path: Path) -
 # -- signals -------------------------------------------------------------------------------------------------------
 
 
-def start_slow(*arguments: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, FAULTS, "slow", *map(str, arguments), "--workers", "1"]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start_slow(*arguments: object, how: str = "slow", pause: float = 0.15) -> subprocess.Popen[bytes]:
+    command = [sys.executable, FAULTS, how, *map(str, arguments), "--workers", "1"]
+    env = environment(PAUSE=str(pause))
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for_units(process: subprocess.Popen[bytes], folder: Path, count: int) -> None:
@@ -176,10 +177,52 @@ def test_a_signal_ends_the_run_promptly_and_leaves_nothing(
     assert b"nothing was written" in stderr
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_does_not_wait_for_a_worker_that_no_signal_reaches(
+    tmp_path: Path, job: tuple[Path, Path], sent: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "outs" / "merged"
+    out.parent.mkdir()
+    running = start_slow("merge", *job, "-o", out, how="stuck")
+    wait_for_units(running, out.parent, 1)
+    start = time.monotonic()
+    running.send_signal(sent)
+    running.communicate(timeout=30)
+    assert running.returncode == code
+    assert time.monotonic() - start < 2
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", ["payload/*.safetensors", "spool"])
+def test_a_resumed_run_does_not_trust_units_whose_files_are_gone(
+    tmp_path: Path, job: tuple[Path, Path], lost: str
+) -> None:
+    base, adapter = job
+    out, expected = tmp_path / "outs" / "out", tmp_path / "expected"
+    arguments = ["merge", base, adapter] if "payload" in lost else ["resize", adapter, "--rank", 2]
+    assert run_cli(*arguments, "-o", expected).returncode == 0
+    out.parent.mkdir()
+    dying = (
+        "import os, sys, loratool.storage.writer as w\n"
+        "w._check_written = lambda *_: os.kill(os.getpid(), 9)\n"
+        "from loratool.cli.main import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", dying, *map(str, arguments), "-o", str(out)]
+    died = subprocess.run(command, env=environment(), capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL
+    found = list(out.parent.glob(f".out.loratool-*/{lost}"))
+    assert found
+    for path in found:
+        path.unlink()
+    assert run_cli(*arguments, "-o", out).returncode == 0
+    for path in expected.glob("*.safetensors"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
 def test_a_second_run_on_the_same_output_exits_6_and_the_first_goes_on(tmp_path: Path, job: tuple[Path, Path]) -> None:
     out = tmp_path / "outs" / "merged"
     out.parent.mkdir()
-    first = start_slow("merge", *job, "-o", out)
+    first = start_slow("merge", *job, "-o", out, pause=3)
     wait_for_units(first, out.parent, 1)
     second = run_cli("merge", *job, "-o", out)
     assert second.returncode == 6

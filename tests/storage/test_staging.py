@@ -156,7 +156,8 @@ def run_and_die(out: Path, values: torch.Tensor = VALUES) -> None:
     """
     stage = Staging(out, "0" * 64).__enter__()
     write_all(stage, values)
-    for fd in (*stage._fds.values(), stage._journal, stage._lock):
+    stage._files.clear()
+    for fd in (stage._journal, stage._lock):
         os.close(fd)
 
 
@@ -191,14 +192,14 @@ def test_a_torn_line_of_the_journal_is_ignored(tmp_path: Path, torn: str) -> Non
     with (staged(out) / "journal").open("a") as journal:
         journal.write(torn)
     with Staging(out, "0" * 64) as stage:
-        assert set(stage.done) == {"file:model.safetensors", "unit"}
+        assert set(stage.done) == {"unit"}
         stage.record("next", {})
     run_and_die(out)  # a record after a torn line is on a line of its own
     with (staged(out) / "journal").open("a") as journal:
         journal.write(torn)
     run_and_die(out)
     with Staging(out, "0" * 64) as stage:
-        assert set(stage.done) == {"file:model.safetensors", "unit"}
+        assert set(stage.done) == {"unit"}
 
 
 def test_the_journal_of_another_boot_is_not_trusted(tmp_path: Path) -> None:
@@ -259,13 +260,168 @@ def test_a_staged_file_with_another_header_is_written_anew(tmp_path: Path) -> No
     assert torch.equal(load_file(out / "model.safetensors")["b"], COPIED)
 
 
+@pytest.mark.parametrize("damage", ["removed", "cut off", "another header"])
+def test_units_run_again_where_the_file_that_they_filled_is_gone(tmp_path: Path, damage: str) -> None:
+    out = tmp_path / "out"
+    run_and_die(out)
+    file = staged(out) / "payload" / "model.safetensors"
+    if damage == "removed":
+        file.unlink()
+    elif damage == "cut off":
+        os.truncate(file, file.stat().st_size - 1)
+    else:
+        file.write_bytes(b"x" + file.read_bytes()[1:])
+    with Staging(out, "0" * 64) as stage:
+        stage.prepare([FILE])
+        assert stage.done == {}
+    run_and_die(out)
+    file = staged(out) / "payload" / "model.safetensors"
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+    stage = Staging(out, "0" * 64).__enter__()
+    stage.prepare([FILE])
+    for fd in (stage._journal, stage._lock):  # killed again: what was forgotten stays forgotten
+        os.close(fd)
+    with Staging(out, "0" * 64) as stage:
+        assert stage.done == {}
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut off"])
+def test_units_run_again_where_the_spool_is_gone(tmp_path: Path, damage: str) -> None:
+    out, outs = tmp_path / "out", [Out("", "m.down", (4, 3), "F32")]
+    stage = Staging(out, "0" * 64).__enter__()
+    stage.prepare([], outs)
+    stage.write(outs[0], 0, as_bytes(VALUES))
+    stage.record("unit", {})
+    for fd in (stage._journal, stage._lock):
+        os.close(fd)
+    spool = staged(out) / "spool"
+    assert spool.stat().st_size == 48
+    os.truncate(spool, 40) if damage == "cut off" else spool.unlink()
+    with Staging(out, "0" * 64) as stage:
+        stage.prepare([], outs)
+        assert stage.done == {}
+
+
+def test_a_neighbour_whose_name_begins_like_staging_keeps_its_own(tmp_path: Path) -> None:
+    with Staging(tmp_path / "out.loratool-x", "0" * 64) as neighbour:
+        write_all(neighbour)
+        write_folder(tmp_path / "out")
+        neighbour.publish([FILE], force=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.loratool-x"]
+
+
+def test_what_a_run_left_that_died_after_publishing_goes_when_the_output_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_folder(out)
+    (tmp_path / f".out.loratool-{'0' * 16}" / "payload").mkdir(parents=True)
+    (tmp_path / ".out.loratool.lock").touch()
+    to_resume = tmp_path / f".out.loratool-{'1' * 16}"
+    to_resume.mkdir()
+    (to_resume / "journal").touch()
+    with pytest.raises(StorageError, match="exists"):
+        check_target(out, [], single_file=False, force=False)
+    assert beside(out) == [to_resume.name]
+
+
+def test_staging_of_a_run_that_is_at_work_stays_when_the_output_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Staging(out, "0" * 64) as stage:
+        write_all(stage)
+        out.mkdir()
+        (out / "theirs").write_text("x")
+        stage._forget()  # as in the moment of publishing
+        with pytest.raises(StorageError, match="exists"):
+            check_target(out, [], single_file=False, force=False)
+        assert stage.payload.is_dir()
+
+
+def test_late_writers_fail_and_never_write_into_a_file_opened_meanwhile(tmp_path: Path) -> None:
+    stage = Staging(tmp_path / "out", "0" * 64).__enter__()
+    write_all(stage)
+    held = stage._files["model.safetensors"]  # as a worker in the middle of a write holds it
+    stage.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    assert other != held.number
+    os.pwrite(held.number, b"late", 0)
+    with pytest.raises(KeyError):
+        stage.write(OUT, 0, as_bytes(VALUES))
+    assert (tmp_path / "other").read_bytes() == b""
+    number = held.number
+    del held
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    os.close(other)
+
+
+def test_an_interrupt_says_whether_the_output_was_written(tmp_path: Path) -> None:
+    def interrupted(*, publish: bool) -> list[str]:
+        with Staging(tmp_path / "out", "0" * 64) as stage:
+            write_all(stage)
+            if publish:
+                stage.publish([FILE], force=False)
+            raise KeyboardInterrupt
+
+    for publish, wanted in ((False, "nothing was written to"), (True, "out was written")):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            interrupted(publish=publish)
+        assert wanted in caught.value.__notes__[0]
+
+
+def test_every_descriptor_that_wrote_is_synced_before_it_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # an error of the disk is told once, to a descriptor that was open when it happened
+    wrote: dict[int, tuple[int, int]] = {}
+    synced: list[int] = []
+    write, sync = os.pwrite, os.fsync
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        status = os.fstat(fd)
+        wrote[fd] = status.st_dev, status.st_ino
+        return write(fd, data, offset)
+
+    def fsync(fd: int) -> None:
+        status = os.fstat(fd)
+        if wrote.get(fd) == (status.st_dev, status.st_ino):
+            synced.append(fd)
+        sync(fd)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(os, "fsync", fsync)
+    config = JsonFile("config.json", {})
+    with Staging(tmp_path / "out", "0" * 64) as stage:
+        write_all(stage)
+        stage.prepare([config], [Out("", "m.down", (4, 3), "F32")])
+        stage.write(Out("", "m.down", (4, 3), "F32"), 0, as_bytes(VALUES))
+        stage.publish([FILE, config], force=False)
+        assert len(wrote) == 3
+        assert sorted(synced) == sorted(wrote)
+
+
+def test_folders_inside_the_output_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    sync = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    config, out = JsonFile("deep/er/config.json", {}), tmp_path / "new" / "out"
+    with Staging(out, "0" * 64) as stage:
+        stage.prepare([config])
+        stage.publish([config], force=False)
+    folders = [tmp_path, out.parent, out, out / "deep", out / "deep" / "er"]
+    assert {folder.stat().st_ino for folder in folders} <= set(synced)
+
+
 # -- replacing -----------------------------------------------------------------------------------------------------
 
 
 def test_force_replaces_the_whole_folder_and_leaves_no_trace_of_the_old(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_folder(out)
-    (out / "old.txt").write_text("old")
+    (out / "config.json").write_text("old")
     write_folder(out, -VALUES, force=True)
     assert torch.equal(load_file(out / "model.safetensors")["a"], -VALUES)
     assert sorted(p.name for p in out.iterdir()) == ["model.safetensors"]
@@ -317,6 +473,26 @@ def test_a_single_file_replaces_a_single_file(tmp_path: Path) -> None:
             stage.publish([FILE], force=True)
         assert torch.equal(load_file(out)["a"], values)
         assert beside(out) == []
+
+
+def test_the_old_output_comes_back_where_the_new_one_cannot_be_moved_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write_folder(out)
+    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "payload":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(out, -VALUES, force=True)
+    assert torch.equal(load_file(out / "model.safetensors")["a"], VALUES)
+    assert beside(out) == []
 
 
 # -- what is written -----------------------------------------------------------------------------------------------
@@ -414,7 +590,7 @@ def test_a_spooled_tensor_is_found_again_at_its_settled_shape(tmp_path: Path) ->
     small = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     out = tmp_path / "out"
     with Staging(out, "0" * 64) as stage:
-        stage.prepare_spool(outs)
+        stage.prepare([], outs)
         stage.write(outs[1], 0, as_bytes(torch.ones(5, 2)))
         stage.write(outs[0], 0, as_bytes(small))
         file = TensorFile.new("x.safetensors", [stage.spooled("m.down", (2, 3)), stage.spooled("m.up", (5, 2))], {})
@@ -424,6 +600,17 @@ def test_a_spooled_tensor_is_found_again_at_its_settled_shape(tmp_path: Path) ->
     assert torch.equal(written["m.down"], small)
     assert torch.equal(written["m.up"], torch.ones(5, 2))
     assert [p.name for p in out.iterdir()] == ["x.safetensors"]
+
+
+def test_the_space_for_all_files_and_the_spool_is_checked_together(tmp_path: Path) -> None:
+    disk = os.statvfs(tmp_path)
+    third = disk.f_bavail * disk.f_frsize * 4 // 10
+    files = [TensorFile.new(f"{n}.safetensors", [TensorRef("a", (third,), "U8")], {}) for n in range(2)]
+    with Staging(tmp_path / "out", "0" * 64) as stage:
+        with pytest.raises(StorageError, match="bytes are needed") as caught:
+            stage.prepare(files, [Out("", "m.down", (third, 1), "U8")])
+        assert list(stage.payload.iterdir()) == []
+    assert "another disk" in caught.value.hint
 
 
 # -- where an output may be ----------------------------------------------------------------------------------------
@@ -442,7 +629,7 @@ def test_force_does_not_replace_a_folder_that_is_no_model(tmp_path: Path) -> Non
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.doc").touch()
-    with pytest.raises(StorageError, match="no weights"):
+    with pytest.raises(StorageError, match="thesis"):
         check_target(home, [], single_file=False, force=True)
 
 
@@ -473,3 +660,55 @@ def test_an_output_that_is_an_input_or_in_one_or_around_one_is_refused(
 def test_a_file_beside_an_input_file_is_fine(tmp_path: Path) -> None:
     (tmp_path / "in.safetensors").touch()
     check_target(tmp_path / "out.safetensors", [str(tmp_path / "in.safetensors")], single_file=True, force=False)
+
+
+def model_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.model"):
+        (folder / name).touch()
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json", "README.md"):
+        (folder / name).touch()
+    return folder
+
+
+def test_force_replaces_what_save_pretrained_left(tmp_path: Path) -> None:
+    check_target(model_folder(tmp_path / "out"), [], single_file=False, force=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["diary/thesis.docx", "my-style.safetensors", "sub/config.json", "notes.txt", "empty/"]
+)
+def test_force_names_the_file_that_it_would_take_with_it(tmp_path: Path, name: str) -> None:
+    out = model_folder(tmp_path / "out")
+    foreign = out / name
+    if name.endswith("/"):
+        foreign.mkdir()
+    else:
+        foreign.parent.mkdir(exist_ok=True)
+        foreign.touch()
+    with pytest.raises(StorageError, match=name) as caught:
+        check_target(out, [], single_file=False, force=True)
+    assert caught.value.exit_code == 5
+    if not name.endswith("/"):
+        check_target(out, [], single_file=False, force=True, names=[name])  # the plan writes it
+
+
+def test_force_replaces_whatever_is_in_a_folder_that_loratool_made(tmp_path: Path) -> None:
+    out = model_folder(tmp_path / "out")
+    (out / "notes.txt").touch()
+    (out / "loratool.report.json").write_text("{}")
+    with pytest.raises(StorageError, match="notes"):
+        check_target(out, [], single_file=False, force=True)
+    (out / "loratool.report.json").write_text('{"verb": "merge", "ledger": {}}')
+    check_target(out, [], single_file=False, force=True)
+
+
+def test_force_looks_again_before_it_replaces(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_folder(out)
+    with Staging(out, "0" * 64) as stage:
+        write_all(stage)
+        (out / "thesis.docx").touch()
+        with pytest.raises(StorageError, match="thesis"):
+            stage.publish([FILE], force=True)
+    assert (out / "thesis.docx").exists()

@@ -1,5 +1,7 @@
 """Writing behind changes when bytes reach the disk, never which."""
 
+import ctypes
+import errno
 import os
 import threading
 
@@ -59,3 +61,32 @@ def test_a_system_without_the_call_writes_all_the_same(tmp_path, monkeypatch):
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     behind.write(fd, b"abc", 2)
     assert (tmp_path / "out").read_bytes() == b"\0\0abc"
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_an_error_of_the_disk_is_raised_where_it_is_told(tmp_path, small_windows, monkeypatch, code):
+    behind = writeback.WriteBehind()
+    monkeypatch.setattr(behind, "_sync", lambda *_: ctypes.set_errno(code) or -1)
+    fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        behind.write(fd, bytes(1 << 17), 0)
+    assert caught.value.errno == code
+    os.close(fd)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, errno.ESPIPE])
+def test_a_file_system_without_the_call_is_no_error(tmp_path, small_windows, monkeypatch, code):
+    behind = writeback.WriteBehind()
+    monkeypatch.setattr(behind, "_sync", lambda *_: ctypes.set_errno(code) or -1)
+    fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    behind.write(fd, bytes(1 << 17), 0)
+    os.close(fd)
+
+
+def test_the_real_call_reports_its_errors(tmp_path, small_windows):
+    fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    behind = writeback.WriteBehind()
+    behind.write(fd, bytes(1 << 18), 0)
+    os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        behind._range(writeback._Run(fd, 0, 1 << 16), 2)
