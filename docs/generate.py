@@ -16,7 +16,7 @@ def page() -> str:
     """Return the page: the help of every built-in command, as a terminal of 100 columns shows it."""
     from loratool.cli.main import COMMANDS, cli
 
-    parts = ["# Commands\n\nWritten by `docs/generate.py` from `loratool COMMAND --help`."]
+    parts = ["# Commands\n\nWritten by `docs/generate.py` from `loratool COMMAND --help`.", _exit_codes()]
     for name in COMMANDS:
         context = click.Context(cli, info_name="loratool", **cli.context_settings)
         command = cli.get_command(context, name)
@@ -26,6 +26,18 @@ def page() -> str:
             inner = click.Context(command, info_name=name, parent=context)
             parts += [f"```\n{_help(sub, sub_name, inner)}\n```" for sub_name, sub in sorted(command.commands.items())]
     return "\n\n".join(parts) + "\n"
+
+
+def _exit_codes() -> str:
+    """Return the exit codes as the tree of errors gives them."""
+    from loratool import errors
+
+    codes = {0: "done (inspect: also where it found errors)", 2: "usage", 70: "a bug; 130 and 143: interrupted"}
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.LoratoolError) and error.exit_code > 3:
+            codes[error.exit_code] = (error.__doc__ or "").splitlines()[0].rstrip(".")
+    codes[3] = "an input is refused; nothing was written"
+    return "Exit codes: " + "; ".join(f"{code} {what}" for code, what in sorted(codes.items())) + "."
 
 
 def _help(command: click.Command, name: str, parent: click.Context) -> str:

@@ -98,6 +98,7 @@ class Origin:
     format: str
     path: str
     modules: Mapping[Target, str] = field(default_factory=dict)  # target -> the module's name in the file
+    embeddings: frozenset[Target] = frozenset()  # targets that the file spells as embeddings
     config: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -106,15 +107,16 @@ class Adapter:
     """One LoRA adapter: targets and their deltas, and what else the files held.
 
     `families` are the architectures that explain every name. `base_copies` are untouched base weights that were saved
-    along (PEFT does so for embeddings). `names` are all tensors of the files, `consumed` those that were read for
-    their value (alphas), `skipped` those that the user's globs left out. `findings` is everything that reading noticed.
+    along (PEFT does so for embeddings). `tensors` are all of the files, `consumed` the names of those that were read
+    for their value (alphas), `skipped` those that the user's globs left out.
+    `findings` is everything that reading noticed.
     """
 
     deltas: Mapping[Target, tuple[Delta, ...]]
     origin: Origin
     families: tuple[str, ...] = ()
     base_copies: Mapping[Target, TensorRef] = field(default_factory=dict)
-    names: tuple[str, ...] = ()
+    tensors: Mapping[str, TensorRef] = field(default_factory=dict)
     consumed: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -127,11 +129,9 @@ class Adapter:
         return sorted(self.deltas, key=lambda t: t.sort_key)
 
     @property
-    def open_names(self) -> list[str]:
-        """The tensors of the files that nothing accounts for. Reading leaves none; a format that does is at fault."""
-        known = {ref.name for deltas in self.deltas.values() for delta in deltas for ref in delta.refs}
-        known |= {ref.name for ref in self.base_copies.values()} | {*self.consumed, *self.skipped}
-        return [name for name in self.names if name not in known]
+    def explained(self) -> dict[str, str]:
+        """The fates of tensors that are neither computed with nor copied, for the ledger."""
+        return {**dict.fromkeys(self.consumed, "read"), **dict.fromkeys(self.skipped, "skipped")}
 
     def require_sound(self) -> Adapter:
         """Return self, or raise MismatchError that lists every error finding."""
@@ -144,11 +144,6 @@ class Adapter:
                 "\n  ".join([f"{len(errors)} part{'s' * (len(errors) > 1)} of this adapter cannot be used", *lines]),
                 where=self.origin.path,
                 hint=next((f.hint for f in errors if f.hint), ""),
-            )
-        if self.open_names:
-            raise MismatchError(
-                f"the {self.origin.format} format does not account for {', '.join(self.open_names[:5])}",
-                where=self.origin.path,
             )
         return self
 

@@ -12,8 +12,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from loratool import engine
-from loratool.adapter import Adapter
+from loratool import engine, ledger
+from loratool.adapter import Adapter, Finding
 from loratool.architecture import Architecture
 from loratool.engine import EVERYTHING, Progress, Resources
 from loratool.errors import FormatError, MismatchError, UsageError
@@ -68,8 +68,8 @@ def merge(
     *,
     weights: Sequence[float] = (),
     dtype: str = "keep",
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    target: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     allow_noop: bool = False,
     **settings: Unpack[Settings],
 ) -> Report:
@@ -77,18 +77,26 @@ def merge(
     from loratool.operations import merge as operation
 
     reading, running = _split(settings)
+    if isinstance(adapters, (str, Path, Mapping)):
+        raise UsageError("adapters must be a list of paths", hint="merge(base, [one, two], out, weights=[0.7, 0.4])")
     weights = list(weights) or [1.0] * len(adapters)
     if not all(map(isfinite, weights)):
         raise UsageError(f"the weights {weights} are not all numbers", hint="an adapter's weight is such as 0.7")
     if len(weights) != len(adapters):
         raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights", hint="give one weight an adapter")
     opened = checkpoint.open_base(str(base))
-    architecture = _family(opened, reading.pop("arch", ""), running)
+    architecture, notes = _family(opened, reading.pop("arch", ""), running)
     pairs = [
-        (open_adapter(path, arch=architecture.name, **reading).require_sound().selected(target, exclude), weight)
+        (
+            open_adapter(path, arch=architecture.name, **reading)
+            .require_sound()
+            .selected(_patterns(target), _patterns(exclude)),
+            weight,
+        )
         for path, weight in zip(adapters, weights, strict=True)
     ]
     plan = operation.plan(opened, architecture, pairs, out_name=Path(out).name, dtype=dtype, allow_noop=allow_noop)
+    plan.preview.findings += notes
     plan.preview.sources |= {"base": str(base), **{f"adapter {n + 1}": str(a) for n, a in enumerate(adapters)}}
     return _finish(plan, [base, *adapters], out, **running)
 
@@ -102,8 +110,8 @@ def extract(
     to: str = "peft",
     dtype: str = "float32",
     rest: str = "error",
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    target: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     arch: str = "",
     **running: Unpack[Running],
 ) -> Report:
@@ -111,7 +119,7 @@ def extract(
     from loratool.operations import extract as operation
 
     opened, opened_base = checkpoint.open_base(str(tuned)), checkpoint.open_base(str(base))
-    architecture = _family(opened, arch, running)
+    architecture, notes = _family(opened, arch, running)
     format = _plugins(running).format(to)
     plan = operation.plan(
         opened,
@@ -121,11 +129,12 @@ def extract(
         format,
         dtype=dtype,
         rest=rest,
-        target=target,
-        exclude=exclude,
+        target=_patterns(target),
+        exclude=_patterns(exclude),
         memory=running.get("resources", EVERYTHING).memory,
         options=_spelling(format, Path(out), opened.config),
     )
+    plan.preview.findings += notes
     plan.preview.sources |= {"tuned": str(tuned), "base": str(base)}
     return _finish(plan, [tuned, base], out, **running)
 
@@ -137,8 +146,8 @@ def resize(
     rank: int | None = None,
     energy: float | None = None,
     dtype: str = "keep",
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    target: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     **settings: Unpack[Settings],
 ) -> Report:
     """Change the rank of an adapter, in its own format; modules that the globs leave out are dropped and named."""
@@ -146,7 +155,7 @@ def resize(
 
     reading, running = _split(settings)
     rule = Rule(rank, energy)
-    opened = open_adapter(adapter, **reading).require_sound().selected(target, exclude)
+    opened = open_adapter(adapter, **reading).require_sound().selected(_patterns(target), _patterns(exclude))
     format = _plugins(running).format(opened.origin.format)
     options = _spelling(format, Path(out), None)
     plan = operation.plan(opened, _architecture(opened, running), rule, format, dtype=dtype, options=options)
@@ -159,8 +168,8 @@ def convert(
     out: StrPath,
     *,
     to: str,
-    target: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    target: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     drop_unmapped: bool = False,
     **settings: Unpack[Settings],
 ) -> Report:
@@ -168,7 +177,7 @@ def convert(
     from loratool.operations import convert as operation
 
     reading, running = _split(settings)
-    opened = open_adapter(adapter, **reading).require_sound().selected(target, exclude)
+    opened = open_adapter(adapter, **reading).require_sound().selected(_patterns(target), _patterns(exclude))
     format = _plugins(running).format(to)
     options = _spelling(format, Path(out), None)
     plan = operation.plan(opened, _architecture(opened, running), format, options=options, drop_unmapped=drop_unmapped)
@@ -204,16 +213,22 @@ def open_adapter(
         raise FormatError(
             f"this can be {names}" if names else "this is no adapter in a format that loratool knows",
             where=path,
-            hint="choose with --format" if names else "loratool formats lists them",
+            hint="choose with --format" if names else "loratool formats lists them; is it a base model?",
         )
     families = (plugins.architecture(arch),) if arch else plugins.architectures()
     return formats[0].read(source, families)
 
 
 def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what opening adapters takes, and what running takes; an unknown name fails where it is passed on."""
+    """Return what opening adapters takes, and what running takes."""
+    for name in settings.keys() - Settings.__annotations__.keys():
+        raise TypeError(f"unexpected keyword argument {name!r}; there are {', '.join(Settings.__annotations__)}")
     reading = {n: v for n, v in settings.items() if n in Reading.__annotations__ or n == "plugins"}
     return reading, {n: v for n, v in settings.items() if n not in Reading.__annotations__}
+
+
+def _patterns(given: str | Sequence[str]) -> Sequence[str]:
+    return (given,) if isinstance(given, str) else given
 
 
 def _plugins(running: Mapping[str, Any]) -> Plugins:
@@ -225,24 +240,31 @@ def _architecture(adapter: Adapter, running: Mapping[str, Any]) -> Architecture 
     return _plugins(running).architecture(adapter.families[0]) if adapter.families else None
 
 
-def _family(base: checkpoint.Checkpoint, arch: str, running: Mapping[str, Any]) -> Architecture:
+def _family(base: checkpoint.Checkpoint, arch: str, running: Mapping[str, Any]) -> tuple[Architecture, list[Finding]]:
+    """Return the family of a base, and what to say about how it was found."""
     plugins = _plugins(running)
     family = family_of(base, plugins, arch)
+    kind = (base.config or {}).get("model_type") or (base.config or {}).get("_class_name")
     if family is None:
-        kind = (base.config or {}).get("model_type") or (base.config or {}).get("_class_name") or "no config"
         names = ", ".join(a.name for a in plugins.architectures())
+        if any(f.detect(base) for f in plugins.formats()):
+            raise UsageError("this is an adapter, and a model is needed here", where=base.path)
         raise MismatchError(
-            f"no installed family fits this model ({kind})",
+            f"no installed family fits this model ({kind or 'no config'})",
             where=base.path,
-            hint=f"choose one with --arch ({names}), or add one with -p FILE (docs/plugins.md)",
+            hint=f"add one with -p FILE (30 lines: docs/plugins.md); or --arch, if it is one of {names}",
         )
-    return family.architecture
+    what = f"no family is made for {kind}; every layer fits {family.architecture.name}"
+    note = [Finding("info", base.path, what)] if family.by == "tensor names" and kind else []
+    return family.architecture, note
 
 
 def _spelling(format: Format, out: Path, config: Mapping[str, object] | None) -> dict[str, str]:
     """Return the options for writing a format: the file's name where the output is one file, the base's class."""
     options = {}
     is_file = out.suffix == ".safetensors"
+    if out.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"):
+        raise UsageError(f"{out.suffix} files are not written", where=out, hint=f"-o {out.with_suffix('.safetensors')}")
     if format.single_file and not is_file:
         raise UsageError(f"{format.name} is one file", hint=f"-o {out}.safetensors")
     if is_file:
@@ -267,6 +289,8 @@ def _finish(
     """Run the plan and publish what it writes, or return its preview."""
     report = plan.preview
     report.findings += (plugins or installed()).findings
+    if plan.inputs:
+        report.ledger = ledger.close(plan.inputs, plan.units, plan.files, plan.later)
     if out is not None:
         report.out = str(out)
         writer.check_target(Path(out), map(str, inputs), single_file=plan.single_file, force=force)

@@ -93,6 +93,7 @@ class Architecture:
     headless         transformers class names whose modules carry no prefix in memory (GPT2Model, BertModel)
     bare_in_memory   components whose modules never carry the prefix in memory (CLIPTextModel in transformers 5)
     tied             groups of paths that may share one tensor
+    tied_by_default  whether they do where config.json has no tie_word_embeddings
     kohya_prefixes   component -> the first element of kohya's flat names
     """
 
@@ -104,6 +105,7 @@ class Architecture:
     headless: tuple[str, ...] = ()
     bare_in_memory: tuple[str, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
+    tied_by_default: bool = False
     kohya_prefixes: Mapping[str, str] = field(default_factory=lambda: {"": "lora_te"})
 
     @cached_property

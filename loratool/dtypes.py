@@ -58,6 +58,13 @@ def is_float(dtype: str) -> bool:
     return dtype in ("F16", "BF16", "F32", "F64")
 
 
+def wider(one: str, other: str) -> str:
+    """Return the float dtype that holds both without loss: float32 for the two 16-bit ones together."""
+    if one == other:
+        return one
+    return "F64" if "F64" in (one, other) else "F32"
+
+
 def decode_scalar(dtype: str, data: bytes) -> float:
     """The number in a 0-d (or one-element) tensor, from its raw little-endian bytes."""
     if dtype == "BF16":  # bfloat16 is the upper half of a float32

@@ -20,8 +20,9 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, NamedTuple
 
+from loratool import ledger
 from loratool.errors import InputError, LoratoolError, StorageError, UsageError
-from loratool.plan import CopiedFile, Facts, JsonFile, Out, Plan, Report, Unit
+from loratool.plan import CopiedFile, Facts, JsonFile, Out, Plan, Report, Unit, work
 from loratool.storage.writer import Staging
 from loratool.tensors import Span, TensorRef
 
@@ -82,6 +83,7 @@ def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progres
             names = ", ".join(file.name for file in files) or "none"
             what = f"the output is one file, and its format wrote {len(files)} ({names}): please report this bug"
             raise LoratoolError(what, where=out)
+        report.ledger = ledger.close(plan.inputs, plan.units, files)
         inputs = {**inputs_of(more), **inputs}
         stage.prepare(more)
         report.out = str(out)
@@ -113,14 +115,14 @@ def run(
     facts = {u.key: done[u.key] for u in units if u.key in done}
     pending = [u for u in units if u.key not in facts]
     if pending:
-        total = sum(u.work for u in units)
-        finished = total - sum(u.work for u in pending)
+        total = sum(work(u) for u in units)
+        finished = total - sum(work(u) for u in pending)
         with _one_thread_each(), _frozen_garbage(), _workers(resources, stage) as submit:
             for unit, fact in _completed(pending, submit, resources.threads, resources.memory):
                 facts[unit.key] = fact
                 if stage:
                     stage.record(unit.key, fact)
-                finished += unit.work
+                finished += work(unit)
                 if progress:
                     progress(finished, total)
     return {u.key: facts[u.key] for u in units}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from loratool import dtypes
-from loratool.adapter import Adapter, Finding
+from loratool.adapter import Finding
 from loratool.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ class Unit(Protocol):
         """A name unique in the plan."""
 
     @property
-    def outs(self) -> tuple[Out, ...]:
-        """What it writes."""
+    def reads(self) -> tuple[TensorRef, ...]:
+        """What it reads: the ledger, the digest and the progress follow from it."""
 
     @property
-    def work(self) -> int:
-        """Bytes it reads: the measure of progress."""
+    def outs(self) -> tuple[Out, ...]:
+        """What it writes."""
 
     @property
     def scratch(self) -> int:
@@ -71,6 +71,11 @@ class Unit(Protocol):
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Do it."""
+
+
+def work(unit: Unit) -> int:
+    """Return the bytes that a unit reads: the measure of progress."""
+    return sum(ref.nbytes for ref in unit.reads)
 
 
 @dataclass(frozen=True)
@@ -110,35 +115,6 @@ OutFile: TypeAlias = TensorFile | JsonFile | CopiedFile
 
 
 @dataclass
-class Ledger:
-    """The fate of every input tensor. A job whose ledger does not close publishes nothing."""
-
-    fates: dict[str, dict[str, str]] = field(default_factory=dict)
-
-    def note(self, source: str, names: object, fate: str) -> None:
-        """Record that tensors of `source` were used, passed, skipped (by the user's glob) or dropped (by a flag)."""
-        self.fates.setdefault(source, {}).update(dict.fromkeys(names, fate))  # type: ignore[call-overload]
-
-    def note_adapter(self, adapter: Adapter) -> None:
-        """Record that an adapter's tensors were used, less those that the user's globs left out."""
-        self.note(adapter.origin.path, adapter.names, "used")
-        self.note(adapter.origin.path, adapter.skipped, "skipped")
-
-    def open_names(self, source: str, names: object) -> list[str]:
-        """Return the tensors of `source` whose fate is not recorded."""
-        return [n for n in names if n not in self.fates.get(source, {})]  # type: ignore[attr-defined]
-
-    def summary(self) -> dict[str, dict[str, int]]:
-        """Count the fates per source."""
-        counts: dict[str, dict[str, int]] = {}
-        for source, fates in self.fates.items():
-            for fate in fates.values():
-                counts.setdefault(source, {}).setdefault(fate, 0)
-                counts[source][fate] += 1
-        return counts
-
-
-@dataclass
 class Report:
     """What a verb did or, after a dry run, would do. `rows` describe modules; `totals` the whole."""
 
@@ -159,6 +135,18 @@ class Report:
         return content
 
 
+class Input(NamedTuple):
+    """An input: its tensors, and the fates that no reading or copying shows, by tensor name.
+
+    `otherwise` is the fate of every other tensor that nothing touches; without it such a tensor is an error.
+    """
+
+    source: str
+    tensors: Mapping[str, TensorRef]
+    explained: Mapping[str, str] = {}
+    otherwise: str = ""
+
+
 class Spooled(Protocol):
     """`spooled(name, shape)` is a reference to what a unit spooled as `name`, at its settled shape."""
 
@@ -177,7 +165,8 @@ class Settled(NamedTuple):
 class Plan:
     """Units of work, the output files known beforehand, a report to show before running, and how it ends.
 
-    `settle(facts, spooled)` may raise: then nothing is published.
+    `settle(facts, spooled)` may raise: then nothing is published. `inputs` are what the ledger has to account for;
+    `later` are references that `settle` will copy.
     """
 
     units: tuple[Unit, ...]
@@ -185,3 +174,5 @@ class Plan:
     settle: Callable[[Mapping[str, Facts], Spooled], Settled]
     files: tuple[OutFile, ...] = ()
     single_file: bool = False
+    inputs: tuple[Input, ...] = ()
+    later: tuple[TensorRef, ...] = ()

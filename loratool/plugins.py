@@ -161,8 +161,10 @@ def _checked(implementation: Any, kind: type, hook: str) -> Iterable[Any]:
         for item in items:
             if isinstance(item, Architecture):
                 item.validate()
-    except LoratoolError:
+    except PluginError:
         raise
+    except LoratoolError as error:  # such as a malformed pattern
+        raise PluginError(str(error), where=name, hint=error.hint) from None
     except Exception as error:
         raise PluginError(f"{hook} failed: {type(error).__name__}: {error}", where=name) from error
     return items

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     ("errors", "dtypes", "patterns", "strictjson"),
-    ("tensors", "adapter", "architecture", "plan", "hookspecs"),
+    ("tensors", "adapter", "architecture", "plan", "hookspecs", "ledger"),
     ("algebra",),
     ("formats", "storage"),
     ("operations", "engine"),
@@ -20,7 +20,7 @@ FLOORS = [
 ]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms on one floor that may build on each other (nouns; the engine is what runs what operations plan).
-SIBLINGS = {"errors", "dtypes", "patterns", "strictjson", "tensors", "adapter", "architecture", "plan", "hookspecs"}
+SIBLINGS = {room for floor in FLOORS[:2] for room in floor}
 LIGHT = ("torch", "transformers", "huggingface_hub", "peft", "diffusers", "numpy", "rich")
 
 

@@ -8,12 +8,13 @@ import torch
 
 
 def as_matrices(up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (up (out, r), down (r, in x kernel)) in fp32 of linear or convolution factors.
+    """Return (up (out, r), down (r, in x kernel)) of linear or convolution factors: fp32, or fp64 where either is.
 
     For a convolution, up.flatten(1) @ down.flatten(1) is the update of weight.flatten(1) exactly: a kernel-sized
     convolution followed by a 1x1 one (Cui et al., LoCon; PEFT's Conv layers).
     """
-    return up.flatten(1).float(), down.flatten(1).float()
+    wide = torch.float64 if torch.float64 in (up.dtype, down.dtype) else torch.float32
+    return up.flatten(1).to(wide), down.flatten(1).to(wide)
 
 
 def as_factors(

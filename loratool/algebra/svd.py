@@ -52,7 +52,9 @@ class Panels:
     def gram(self) -> tuple[torch.Tensor, bool]:
         """Return the smaller Gram in fp64: D D^T (and True), or D^T D (and False)."""
         if self.stored[1] <= self.stored[0]:
-            return sum_of(panel.double().T @ panel.double() for _, _, panel in self.panels()), self.transposed
+            step = max(64, _TILE // self.stored[1])
+            chunks = (chunk.double() for _, _, panel in self.panels() for chunk in torch.split(panel, step))
+            return sum_of(chunk.T @ chunk for chunk in chunks), self.transposed
         rows = [[one.double() @ two.double().T for _, _, two in self.panels()] for _, _, one in self.panels()]
         return torch.cat([torch.cat(row, dim=1) for row in rows]), not self.transposed
 

@@ -31,12 +31,13 @@ def list_(as_json: bool) -> None:
     rows = [
         {
             "family": a.name,
-            "model types": ", ".join((*a.match.model_types, *a.match.classes)),
-            "layer patterns": len(a.layers),
-            "default targets": ", ".join(a.default_targets),
+            "model_types": [*a.match.model_types, *a.match.classes],
+            "layer_patterns": len(a.layers),
+            "default_targets": list(a.default_targets),
         }
         for a in installed().architectures()
     ]
+    render.findings(installed().findings)
     render.listing(rows, as_json=as_json)
 
 

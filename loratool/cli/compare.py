@@ -28,8 +28,8 @@ Examples:
 def command(first: str, second: str, **settings: Any) -> Report:
     """Tell whether two adapters are the same update, module by module, across formats and ranks.
 
-    By factor algebra in fp64, without the base. `distance` is relative to the larger norm; 0 with `equal yes` means
-    the same bits.
+    By factor algebra in fp64, without the base. `distance` is relative to the larger norm;
+    `equal yes` means the very same update.
     """
     from loratool import api
 

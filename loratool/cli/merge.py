@@ -46,6 +46,10 @@ def _understand(
 ) -> tuple[str, list[str], list[float]]:
     """Tell base and adapters apart; a base that is not given is the one that the adapter names."""
     parts = [options.split_weight(s) for s in sources]
+    for source, (path, _) in zip(sources, parts, strict=True):
+        before, colon, suffix = path.rpartition(":")
+        if colon and not checkpoint.exists(path) and checkpoint.exists(before):
+            raise UsageError(f"{suffix!r} is not a weight", where=source, hint=f"{before}:0.7")
     paths = [path for path, _ in parts]
     adapters = [_is_adapter(p) for p in paths]
     if len(paths) == 1 and not adapters[0]:

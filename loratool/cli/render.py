@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SHOWN_ROWS = 12
+_DISPENSABLE = ("group", "shape", "down", "up", "norms", "role", "alpha", "ranks", "rank_before", "unchanged", "count")
 _UNSHOWN = ("sigma", "tensor", "scaling", "dtype")  # in the totals, or only in --json
 
 
@@ -42,7 +43,7 @@ def clean(value: object, limit: int = 500) -> str:
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 120  # a pipe has no width; 80 would fold every module name
+    width = None if sys.stdout is not None and sys.stdout.isatty() else 10_000  # a pipe has no width
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
@@ -139,11 +140,11 @@ def report(
         table(console, rows, limit=None if verbose else shown)
         for name, value in content.totals.items():
             if value not in ("", [], {}, None):
-                console.print(f"{name.replace('_', ' '):<14}", style="bold", end=" ")
+                console.print(f"{name.replace('_', ' '):<16}", style="bold", end=" ")
                 console.print(_value(name, value))
         if content.out:
             verb = "would write" if content.dry_run else "wrote"
-            console.print(f"{verb:<14}", style="bold", end=" ")
+            console.print(f"{verb:<16}", style="bold", end=" ")
             console.print(clean(content.out))
 
 
@@ -164,25 +165,28 @@ def findings(found: Sequence[Finding]) -> None:
 def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None) -> None:
     """Print rows of equal meaning as a table, at most `limit` of them.
 
-    Where the terminal is too narrow, what is the same in every row is said once, below the table.
+    A number is never cut and a name never broken: where the terminal is too narrow whole columns are left out, the
+    dispensable first, and named below.
     """
     if not rows:
         return
-    names = [n for n in dict.fromkeys(name for row in rows for name in row) if n not in _UNSHOWN]
-    names = [n for n in names if any(row.get(n) not in ("", None) for row in rows)]
-    same = [n for n in names if len(rows) > 1 and all(row.get(n) == rows[0].get(n) for row in rows)]
-    grid = _grid(names, rows[:limit])
-    if same and console.measure(grid, options=console.options.update(width=9999)).maximum > console.width:
-        grid = _grid([n for n in names if n not in same], rows[:limit])
-    else:
-        same = []
-    console.print(grid, soft_wrap=False)
-    if same:
-        shared = ", ".join(f"{_spaced(n)} {_value(n, rows[0].get(n))}" for n in same)
-        console.print(f"in every row: {shared}", style="dim")
+    rows = sorted(rows, key=lambda row: "unchanged" in row)  # what changed comes first
+    names = [n for n in dict.fromkeys(name for row in rows[:limit] for name in row) if n not in _UNSHOWN]
+    names = [n for n in names if any(row.get(n) not in ("", None) for row in rows[:limit])]
+    left_out: list[str] = []
+    wide = console.options.update(width=10_000)
+    for name in (*_DISPENSABLE, *reversed(names[1:])):
+        if console.measure(_grid(names, rows[:limit]), options=wide).maximum <= console.width or len(names) == 1:
+            break
+        if name in names:
+            names.remove(name)
+            left_out.append(_spaced(name))
+    console.print(_grid(names, rows[:limit]))
+    if left_out:
+        console.print(f"too narrow for: {', '.join(left_out)}", style="dim")
     if limit is not None and len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more (-v shows them all)", style="dim")
-    if same or (limit is not None and len(rows) > limit):
+    if left_out or (limit is not None and len(rows) > limit):
         console.print()
 
 
@@ -198,19 +202,15 @@ def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _grid(names: list[str], rows: list[dict[str, Any]]) -> Table:
-    """Build a table; only its first column, the names, may be folded."""
+    """Build a table in which nothing is folded."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(names):
+    for name in names:
         number = any(isinstance(row.get(name), (int, float)) for row in rows)
-        whole = place > 0 and all(len(_value(name, row.get(name, ""))) <= 16 for row in rows)
-        least = 0 if place else min(32, max(len(_value(name, row.get(name, ""))) for row in rows))
-        grid.add_column(
-            _spaced(name), justify="right" if number else "left", overflow="fold", no_wrap=whole, min_width=least
-        )
+        grid.add_column(_spaced(name), justify="right" if number else "left", no_wrap=True, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(_value(name, row.get(name, ""))) for name in names))
     return grid

@@ -21,6 +21,8 @@ from loratool.plan import TensorFile
 from loratool.tensors import TensorRef, TensorSource, inline_scalar
 
 _KEY = re.compile(r"(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|.+)")
+# Metadata that described the source file: its container, and digests of its bytes.
+_STALE = ("format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _FOREIGN = (
     ("dora_scale", "a DoRA scale"),
     ("lora_mid", "a Tucker core"),
@@ -59,7 +61,7 @@ class Kohya:
             deltas=deltas,
             origin=Origin(self.name, source.path, {t: m for m, t in targets.items()}),
             families=families,
-            names=tuple(source.tensors),
+            tensors=source.tensors,
             consumed=tuple(n for n in source.tensors if n.endswith(".alpha")),
             metadata=dict(source.metadata),
             base_model=source.metadata.get("ss_sd_model_name", ""),
@@ -74,22 +76,24 @@ class Kohya:
                 where=adapter.origin.path,
                 hint="loratool arch lists the families; choose with --arch, or add one with -p",
             )
+        every = [(t, delta) for t, deltas in adapter.deltas.items() for delta in deltas]
+        # An absent alpha means alpha = rank to every reader. diffusers (0.42) applies the commonest alpha of a file to
+        # all of it, so where alphas would differ only because ranks do, leaving them out is what survives everywhere.
+        differ = len({delta.alpha for _, delta in every}) > 1
+        left_out = differ and all(delta.scaling == 1 for _, delta in every)
         tensors: list[TensorRef] = []
-        for target, deltas in adapter.deltas.items():
+        for target, delta in every:
             module = f"{architecture.kohya_prefixes[target.component]}_{flatten(target.parts[0])}"
-            for delta in deltas:
-                tensors += [
-                    delta.down.renamed(f"{module}.lora_down.weight"),
-                    delta.up.renamed(f"{module}.lora_up.weight"),
-                    inline_scalar(f"{module}.alpha", delta.alpha),
-                ]
+            tensors += [delta.down.renamed(f"{module}.lora_down.weight"), delta.up.renamed(f"{module}.lora_up.weight")]
+            if not left_out:
+                tensors.append(inline_scalar(f"{module}.alpha", delta.alpha))
         losses = [f"{t}: the copy of the base weight that PEFT saved along" for t in adapter.base_copies]
-        notes = [
-            f"{t}: alpha {d.alpha!r} is rounded to float32"
-            for t, deltas in adapter.deltas.items()
-            for d in deltas
-            if dtypes.decode_scalar("F32", dtypes.encode_scalar(d.alpha)) != d.alpha
-        ]
+        notes = []
+        rounded = [t for t, d in every if dtypes.decode_scalar("F32", dtypes.encode_scalar(d.alpha)) != d.alpha]
+        if rounded:
+            notes.append(f"alpha is rounded to float32 in {len(rounded)} modules, such as {rounded[0]}")
+        if differ and not left_out:
+            notes.append("modules have different alphas, which diffusers ignores: `loratool resize` folds them in")
         if not any(prefix.startswith("lora_unet") for prefix in architecture.kohya_prefixes.values()):
             notes.append(f"no known tool loads a kohya file for {architecture.name}: loratool alone reads it back")
         metadata = _metadata(adapter)
@@ -147,7 +151,7 @@ def _best(
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
     """Training metadata as it came, with dim and alpha brought up to date."""
-    metadata = {k: v for k, v in adapter.metadata.items() if k not in ("format", "lora_adapter_metadata")}
+    metadata = {k: v for k, v in adapter.metadata.items() if k not in _STALE}
     for field, values in (
         ("ss_network_dim", {str(d.rank) for ds in adapter.deltas.values() for d in ds}),
         ("ss_network_alpha", {f"{d.alpha:g}" for ds in adapter.deltas.values() for d in ds}),

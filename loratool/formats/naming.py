@@ -6,7 +6,7 @@ A format groups its tensors into `Parts` by module; `build` turns them into delt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from loratool import dtypes
 from loratool.adapter import Delta, Finding, LowRank, Target
@@ -21,7 +21,7 @@ class Parts:
 
     down: TensorRef | None = None
     up: TensorRef | None = None
-    names: list[str] = field(default_factory=list)
+    embedding: bool = False
 
     def missing(self, down: str, up: str) -> str:
         """Return the format's name of the half that is absent, or nothing."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, Delta, Target
 from loratool.errors import InputError, MismatchError
-from loratool.plan import Emit, Facts, Load, Out, Plan, Report, Settled, Spooled
+from loratool.plan import Emit, Facts, Input, Load, Out, Plan, Report, Settled, Spooled
+from loratool.tensors import TensorRef
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +36,14 @@ class CompareModule:
         return str(self.target)
 
     @property
-    def work(self) -> int:
-        """Bytes of all factors."""
-        return sum(ref.nbytes for d in (*self.first, *self.second) for ref in d.refs)
+    def reads(self) -> tuple[TensorRef, ...]:
+        """All factors."""
+        return tuple(ref for d in (*self.first, *self.second) for ref in d.refs)
 
     @property
     def scratch(self) -> int:
         """All factors in fp64, three times over."""
-        return 24 * sum(prod(ref.shape) for d in (*self.first, *self.second) for ref in d.refs)
+        return 24 * sum(prod(ref.shape) for ref in self.reads)
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Measure both norms, the inner product and the distance."""
@@ -111,7 +112,8 @@ def plan(first: Adapter, second: Adapter) -> Plan:
         report.totals["equal"] = distance == 0.0
         return Settled(report)
 
-    return Plan(units, report, settle)
+    inputs = tuple(Input(a.origin.path, a.tensors, a.explained, "copy of the base") for a in (first, second))
+    return Plan(units, report, settle, inputs=inputs)
 
 
 def _measures(squares: list[float], inner: float, distance: float) -> dict[str, object]:

@@ -19,10 +19,11 @@ from loratool.adapter import Adapter, Delta, Finding, Origin, Target
 from loratool.architecture import Architecture
 from loratool.errors import InputError, MismatchError
 from loratool.hookspecs import Format
-from loratool.operations.matching import Place, bare_name, places
+from loratool.operations.matching import Place, bare_name, places, tied_partner
 from loratool.operations.resize import Rule, emit_factors, settled_factors
+from loratool.operations.writing import spell
 from loratool.patterns import selects
-from loratool.plan import Emit, Facts, Ledger, Load, Out, Plan, Report, Settled, Spooled, Unit
+from loratool.plan import Emit, Facts, Input, Load, Out, Plan, Report, Settled, Spooled, Unit
 from loratool.tensors import TensorRef, TensorSource
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class ExtractModule:
         return str(self.target)
 
     @property
+    def reads(self) -> tuple[TensorRef, ...]:
+        """Both weights."""
+        return self.tuned, self.base
+
+    @property
     def outs(self) -> tuple[Out, ...]:
         """Down and up, in the spool."""
         out, columns = self.tuned.shape[0], self.tuned.shape[1:]
@@ -63,16 +69,12 @@ class ExtractModule:
         return Out("", f"{self.key}.down", down, self.dtype), Out("", f"{self.key}.up", up, self.dtype)
 
     @property
-    def work(self) -> int:
-        """Bytes of both weights."""
-        return self.tuned.nbytes + self.base.nbytes
-
-    @property
     def scratch(self) -> int:
-        """The delta in fp32 (or one panel of it), both weights while it is formed, and the blocks."""
+        """The delta (or one panel of it), a few tiles, the blocks, and a Gram where the block is near the whole."""
         rows, columns = self.tuned.shape[0], prod(self.tuned.shape[1:])
-        whole = 4 * PANEL if self.streamed else 4 * rows * columns + self.work
-        return whole + 48 * (rows + columns) * (self.rank + self.rank // 2 + 8)
+        held = PANEL // dtypes.itemsize(self.tuned.dtype) + 64 * columns if self.streamed else rows * columns
+        block = self.rank + self.rank // 2 + 8
+        return 8 * held + 64 * TILE + 48 * (rows + columns) * block + 16 * min(rows, columns, 3 * block) ** 2
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Subtract, factorise, measure, write."""
@@ -109,8 +111,15 @@ class ExtractModule:
         wide = torch.float64 if "F64" in (self.tuned.dtype, self.base.dtype) else torch.float32
 
         def panel(start: int, stop: int) -> torch.Tensor:
-            tuned, base = load(self.tuned.rows(start, stop)), load(self.base.rows(start, stop))
-            return tuned.flatten(1).to(wide) - base.flatten(1).to(wide)
+            difference: torch.Tensor | None = None  # in tiles: whole weights in fp32 would be two more of its size
+            for a, b in self.tuned.rows(start, stop).panels(TILE):
+                tuned = load(self.tuned.rows(start + a, start + b)).flatten(1).to(wide)
+                base = load(self.base.rows(start + a, start + b)).flatten(1).to(wide)
+                if difference is None:
+                    difference = tuned.new_empty(stop - start, tuned.shape[1])
+                torch.sub(tuned, base, out=difference[a:b])
+            assert difference is not None
+            return difference
 
         stored = self.tuned.shape[0], prod(self.tuned.shape[1:])
         if self.streamed:
@@ -122,21 +131,21 @@ class ExtractModule:
 
 @dataclass(frozen=True)
 class CompareRest:
-    """A tensor that is not extracted: is it the same in both checkpoints?"""
+    """Tensors that are not extracted: are they the same in both checkpoints? With `refuse`, a change is an error."""
 
-    tuned: TensorRef
-    base: TensorRef | None
+    pairs: tuple[tuple[TensorRef, TensorRef | None], ...]
+    refuse: bool
     outs: tuple[Out, ...] = ()
 
     @property
     def key(self) -> str:
-        """The tensor's name."""
-        return f"rest:{self.tuned.name}"
+        """The first tensor's name."""
+        return f"rest:{self.pairs[0][0].name}"
 
     @property
-    def work(self) -> int:
-        """Bytes of both."""
-        return self.tuned.nbytes * 2
+    def reads(self) -> tuple[TensorRef, ...]:
+        """All of them."""
+        return tuple(ref for pair in self.pairs for ref in pair if ref is not None)
 
     @property
     def scratch(self) -> int:
@@ -145,15 +154,29 @@ class CompareRest:
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Compare bytes; where they differ, measure the change."""
-        if self.base is None:
-            return {"changed": "only in the tuned model"}
-        if same_bytes(self.tuned, self.base, load):
-            return {}
-        total = 0.0
-        for start, stop in self.tuned.panels(TILE):
-            tuned, base = load(self.tuned.rows(start, stop)), load(self.base.rows(start, stop))
-            total += float((tuned.double() - base.double()).square().sum())
-        return {"changed": "", "total": total} if total else {}
+        changes = {tuned.name: _change(tuned, base, load) for tuned, base in self.pairs}
+        changed = {name: total for name, total in changes.items() if total is not None}
+        if changed and self.refuse:
+            names = list(changed)
+            listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            raise InputError(
+                f"{len(names)} tensors changed that are not extracted: {listed}",
+                hint="--rest skip leaves them out and says how much that is",
+            )
+        return {"changed": changed}
+
+
+def _change(tuned: TensorRef, base: TensorRef | None, load: Load) -> float | None:
+    """Return the squared norm of a tensor's change; None where nothing changed."""
+    if base is not None and same_bytes(tuned, base, load):
+        return None
+    total = 0.0
+    for start, stop in tuned.panels(TILE):
+        new = load(tuned.rows(start, stop)).double()
+        total += float((new - load(base.rows(start, stop)).double() if base else new).square().sum())
+    if not isfinite(total):
+        raise InputError("the tensor holds NaN or infinity", where=tuned.name)
+    return total if total or base is None else None  # the same values in another dtype are no change
 
 
 def same_bytes(one: TensorRef, two: TensorRef, load: Load) -> bool:
@@ -189,32 +212,35 @@ def plan(
     """
     pairs, others = _pair(tuned, base, architecture)
     chosen = _choose(pairs, target, exclude, tuned.path)
+    report = Report(verb="extract", totals={"family": architecture.name})
+    known = {t: new for t, (new, _) in pairs.items()}
+    for t in [t for t in chosen if tied_partner(t, tuned, architecture, known)]:
+        del chosen[t]  # an adapter would change one of the two uses only; what changed is judged with the rest
+        report.findings.append(Finding("info", str(t), "not extracted: its weight is tied to another layer's"))
     stored = dtypes.from_torch_name("float32" if dtype == "keep" else dtype)
     modules = []
     for t, (new, old) in chosen.items():
         fast = ExtractModule(t, new.ref, old.ref, new.layer.transposed, rule.rank or 1, stored, streamed=False)
         modules.append(fast if fast.scratch <= memory else replace(fast, streamed=True))
     others += [(new.ref, old.ref) for t, (new, old) in pairs.items() if t not in chosen]
-    remaining = tuple(CompareRest(_as_rows(new), _as_rows(old) if old else None) for new, old in others)
-    report = Report(verb="extract", totals={"family": architecture.name, "modules": len(modules)})
+    compared = tuple((_as_rows(new), _as_rows(old) if old else None) for new, old in others)
+    # one unit, and the first, where a change is an error: nobody waits for every SVD to be told of a norm
+    remaining = [CompareRest(compared, refuse=True)] if rest == "error" and compared else []
+    remaining = remaining or [CompareRest((pair,), refuse=False) for pair in compared]
+    report.totals["modules"] = len(modules)
     report.rows = [
         {"module": u.key, "role": pairs[u.target][0].role, "shape": list(u.tuned.shape), "rank": u.outs[0].shape[0]}
         for u in modules
     ]
-    ledger = Ledger()
-    ledger.note(tuned.path, [u.tuned.name for u in modules], "extracted")
-    ledger.note(tuned.path, [u.tuned.name for u in remaining], "compared")
-    ledger.note(base.path, [u.base.name for u in modules], "extracted")
-    ledger.note(base.path, [u.base.name for u in remaining if u.base], "compared")
-    lost = ledger.open_names(base.path, base.tensors)
-    ledger.note(base.path, lost, "only in the base")
+    units: tuple[Unit, ...] = (*remaining, *modules)
+    paired = {ref.name for unit in units for ref in unit.reads}
+    lost = [name for name in base.tensors if name not in paired]
     for name in lost:  # a buffer that newer libraries no longer save is worth a note, a lost weight a warning
         level = "warning" if dtypes.is_float(base.tensors[name].dtype) else "info"
         report.findings.append(Finding(level, name, "is only in the base: the adapter cannot say so"))
-    report.ledger = ledger.summary()
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
-        left_out = _judge_rest(remaining, facts, rest, report)
+        left_out = _judge_rest(remaining, facts, report)
         deltas: dict[Target, tuple[Delta, ...]] = {}
         for unit, row in zip(modules, report.rows, strict=True):
             fact = facts[unit.key]
@@ -231,7 +257,6 @@ def plan(
         residual = sum(facts[str(t)]["residual"] for t in deltas)
         # not the config's _name_or_path: that is where the base itself once came from
         adapter = Adapter(deltas, Origin("", tuned.path), base_model=base.path)
-        written = format.write(adapter, architecture, options)
         report.totals |= {
             "changed": len(deltas),
             "retained": 1 - residual / total,
@@ -240,12 +265,10 @@ def plan(
             "left_out": left_out / (left_out + total),
             "bytes": sum(ref.nbytes for ds in deltas.values() for d in ds for ref in d.refs),
         }
-        report.files = [f.name for f in written.files]
-        report.findings += [Finding("warning", format.name, note) for note in written.notes]
-        return Settled(report, written.files)
+        return Settled(report, spell(adapter, architecture, format, options, report))
 
-    units: tuple[Unit, ...] = (*modules, *remaining)
-    return Plan(units, report, settle, single_file=format.single_file or "file" in options)
+    inputs = Input(tuned.path, tuned.tensors), Input(base.path, base.tensors, dict.fromkeys(lost, "only in the base"))
+    return Plan(units, report, settle, (), format.single_file or "file" in options, inputs)
 
 
 Pairs = dict[Target, tuple[Place, Place]]
@@ -302,23 +325,18 @@ def _choose(pairs: Pairs, target: Sequence[str], exclude: Sequence[str], where: 
     return chosen
 
 
-def _judge_rest(remaining: Sequence[CompareRest], facts: Mapping[str, Facts], rest: str, report: Report) -> float:
-    """Return the squared change that the adapter leaves out; raise where the user did not agree to that."""
-    changed = {u.tuned.name: facts[u.key] for u in remaining if "changed" in facts[u.key]}
-    if not changed:
-        return 0.0
-    names = list(changed)
-    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    if rest == "error":
-        raise InputError(
-            f"{len(changed)} tensors changed that are not extracted: {listed}",
-            where=report.sources.get("tuned", ""),
-            hint="--rest skip leaves them out and says how much that is",
-        )
-    what = f"{len(changed)} changed tensors are not in the adapter: {listed}"
-    report.findings.append(Finding("warning", "--rest skip", what))
-    report.totals["skipped_tensors"] = names
-    return float(sum(f.get("total", 0.0) for f in changed.values()))
+def _judge_rest(remaining: Sequence[CompareRest], facts: Mapping[str, Facts], report: Report) -> float:
+    """Return the squared change that the adapter leaves out, and name the tensors in the report."""
+    changed: dict[str, float] = {}
+    for unit in remaining:
+        changed |= facts[unit.key]["changed"]
+    if changed:
+        names = list(changed)
+        listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        what = f"{len(names)} changed tensors are not in the adapter: {listed}"
+        report.findings.append(Finding("warning", "--rest skip", what))
+        report.totals["skipped_tensors"] = names
+    return sum(changed.values())
 
 
 def _as_rows(ref: TensorRef) -> TensorRef:

@@ -10,6 +10,7 @@ from loratool.adapter import Adapter, Delta, Target
 from loratool.architecture import Architecture
 from loratool.errors import InputError
 from loratool.plan import Emit, Facts, Load, Out, Plan, Report, Settled, Spooled
+from loratool.tensors import TensorRef
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Spectrum:
         return str(self.target)
 
     @property
-    def work(self) -> int:
-        """Bytes of both factors."""
-        return sum(ref.nbytes for ref in self.delta.refs)
+    def reads(self) -> tuple[TensorRef, ...]:
+        """Both factors."""
+        return self.delta.refs
 
     @property
     def scratch(self) -> int:
         """Both factors in fp64, twice."""
-        return 16 * sum(prod(ref.shape) for ref in self.delta.refs)
+        return 16 * sum(prod(ref.shape) for ref in self.reads)
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Compute them from the core."""
@@ -63,7 +64,7 @@ def plan(adapter: Adapter, architecture: Architecture | None, *, spectrum: bool 
             "dtypes": sorted({ref.dtype for ref in refs}),
             "parameters": sum(prod(ref.shape) for ref in refs),
             "bytes": sum(ref.nbytes for ref in refs),
-            "tensors": len(adapter.names),
+            "tensors": len(adapter.tensors),
             "metadata": dict(sorted(adapter.metadata.items())),
         },
         rows=[_row(t, d, architecture) for t, d in pairs],

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from loratool.adapter import Delta, Target
 from loratool.architecture import Architecture, Layer
+from loratool.errors import MismatchError
 from loratool.tensors import TensorRef, TensorSource
 
 _WEIGHT = ".weight"
@@ -30,11 +31,17 @@ class Place(NamedTuple):
 
 def places(base: TensorSource, architecture: Architecture) -> dict[Target, Place]:
     """Return the weights of a base that its family knows, by target; the base's own spelling is in `ref.name`."""
-    found = {}
+    found: dict[Target, Place] = {}
     for name, ref in base.tensors.items():
         known = architecture.find(name[: -len(_WEIGHT)]) if name.endswith(_WEIGHT) else None
         if known:
-            found[Target(known.component, (known.path,))] = Place(ref, known.layer, known.role)
+            target = Target(known.component, (known.path,))
+            if target in found:
+                raise MismatchError(
+                    f"{found[target].ref.name} and {name} are the same layer to the {architecture.name} family",
+                    where=base.path,
+                )
+            found[target] = Place(ref, known.layer, known.role)
     return found
 
 
@@ -72,7 +79,7 @@ def tied_partner(target: Target, base: TensorSource, architecture: Architecture,
             continue
         others = [p for p in group if p != target.parts[0]]
         present = [p for p in others if Target(target.component, (p,)) in known]
-        flag = config.get("tie_word_embeddings")
-        if flag is True or (flag is None and not present):
+        flag = config.get("tie_word_embeddings", architecture.tied_by_default)
+        if flag is not False or (not present and "tie_word_embeddings" not in config):
             return others[0]
     return ""

@@ -23,8 +23,8 @@ from loratool.plan import (
     CopiedFile,
     Emit,
     Facts,
+    Input,
     JsonFile,
-    Ledger,
     Load,
     Out,
     OutFile,
@@ -70,19 +70,20 @@ class MergePanel:
         return f"{self.out.name}[{self.start}:{self.stop}]"
 
     @property
+    def reads(self) -> tuple[TensorRef, ...]:
+        """The rows of the weight, and every factor."""
+        return self.weight.rows(self.start, self.stop), *(ref for t in self.terms for ref in (t.up, t.down))
+
+    @property
     def outs(self) -> tuple[Out, ...]:
         """The merged weight."""
         return (self.out,)
 
     @property
-    def work(self) -> int:
-        """Bytes of the panel."""
-        return self.weight.rows(self.start, self.stop).nbytes
-
-    @property
     def scratch(self) -> int:
-        """The factors in fp32, joined, and a few tiles."""
-        return sum(8 * sum(_numel(r) for r in (t.up, t.down)) for t in self.terms) + 8 * TILE
+        """The factors as loaded, widened and joined, and a tile as read, summed and rounded."""
+        tile = max(stop - start for start, stop in self._tiles()) * prod(self.weight.shape[1:])
+        return 24 * sum(_numel(r) for t in self.terms for r in (t.up, t.down)) + 24 * tile
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Read, add, round and write tile by tile."""
@@ -91,11 +92,11 @@ class MergePanel:
         from loratool.algebra import lowrank
         from loratool.algebra.deltas import is_finite
 
-        wide = torch.float64 if self.weight.dtype == "F64" else torch.float32
+        double = "F64" in (self.weight.dtype, self.out.dtype)
+        wide = torch.float64 if double else torch.float32
         narrow = getattr(torch, dtypes.torch_name(self.out.dtype))
-        left, right = self._factors(load)  # (rows, r), (r, columns)
-        left, right = left.to(wide), right.to(wide)
-        tiles = self.weight.rows(self.start, self.stop).panels(TILE)
+        left, right = self._factors(load, wide)  # (rows, r), (r, columns)
+        tiles = self._tiles()
         height = max(stop - start for start, stop in tiles)
         stored = getattr(torch, dtypes.torch_name(self.weight.dtype))
         raw = torch.empty(height, *self.weight.shape[1:], dtype=stored)
@@ -113,7 +114,10 @@ class MergePanel:
             emit(self.out, self.start + start, rounded)
         return {"delta": lowrank.squared_norm(left, right) if left.shape[1] else 0.0}
 
-    def _factors(self, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tiles(self) -> list[tuple[int, int]]:
+        return self.weight.rows(self.start, self.stop).panels(TILE)
+
+    def _factors(self, load: Load, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (left (rows, r), right (r, columns)) with left @ right the sum of all deltas of these rows.
 
         Terms are joined in the order of their bytes, so that the order of adapters cannot change a bit of the result.
@@ -125,7 +129,7 @@ class MergePanel:
 
         loaded = []
         for term in self.terms:
-            up, down = as_matrices(load(term.up), load(term.down))
+            up, down = (matrix.to(wide) for matrix in as_matrices(load(term.up), load(term.down)))
             if not (is_finite(up) and is_finite(down)):
                 raise InputError("the adapter's factors hold NaN or infinity", where=term.up.name)
             pair = (down.T, up.T) if self.transposed else (up, down)
@@ -133,7 +137,7 @@ class MergePanel:
         if len(loaded) > 1:
             loaded.sort(key=lambda t: (_digest(t[1]), _digest(t[0]), t[2]))
         if not loaded:
-            return torch.zeros(self.stop - self.start, 0), torch.zeros(0, 1)
+            return torch.zeros(self.stop - self.start, 0, dtype=wide), torch.zeros(0, 1, dtype=wide)
         return lowrank.add(loaded)
 
 
@@ -141,19 +145,20 @@ class MergePanel:
 class SameValues:
     """A check: a base weight that an adapter's file carries along must be the base's own."""
 
+    source: str
     copy: TensorRef
     weight: TensorRef
     outs: tuple[Out, ...] = ()
 
     @property
     def key(self) -> str:
-        """The tensor's name in the adapter."""
-        return f"check:{self.copy.name}"
+        """The adapter's file and the tensor's name in it."""
+        return f"check:{self.source}:{self.copy.name}"
 
     @property
-    def work(self) -> int:
-        """Bytes of both."""
-        return self.copy.nbytes + self.weight.nbytes
+    def reads(self) -> tuple[TensorRef, ...]:
+        """Both."""
+        return self.copy, self.weight
 
     @property
     def scratch(self) -> int:
@@ -197,9 +202,9 @@ def plan(
         weights.append(file)
         units += shard_units
     for adapter, _ in adapters:
-        units += [SameValues(ref, known[t].ref) for t, ref in adapter.base_copies.items()]
+        units += [SameValues(adapter.origin.path, ref, known[t].ref) for t, ref in adapter.base_copies.items()]
     files: tuple[OutFile, ...] = tuple(weights)
-    findings = [f for a, _ in adapters for f in a.findings]
+    findings = [f for a, _ in adapters for f in (*a.findings, *_other_base(a, base))]
     if base.folder:
         beside, notes = _companion_files(base, weights, dtype)
         files, findings = (*files, *beside), [*findings, *notes]
@@ -214,7 +219,6 @@ def plan(
         },
         rows=[t.row for t in touched.values()],
         findings=findings,
-        ledger=_ledger(base, adapters, touched).summary(),
         files=[f.name for f in files],
     )
 
@@ -234,7 +238,8 @@ def plan(
         report.totals["delta_norm"] = sqrt(sum(squared.values()))
         return Settled(report)
 
-    return Plan(tuple(units), report, settle, files, single_file=not base.folder)
+    inputs = [Input(base.path, base.tensors), *(Input(a.origin.path, a.tensors, a.explained) for a, _ in adapters)]
+    return Plan(tuple(units), report, settle, files, not base.folder, tuple(inputs))
 
 
 class Touched(NamedTuple):
@@ -270,7 +275,7 @@ def _match(
         for target in adapter.targets:
             place = known.get(target)
             if place is None:
-                problems.append(f"{target}: the base has no such module")
+                problems.append(f"{target}: the base has no such module{_why_missing(target, known, architecture)}")
                 continue
             partner = tied_partner(target, base, architecture, known)
             if partner:
@@ -286,7 +291,7 @@ def _match(
                     problems.append(f"{target}: {problem}")
                 entry.terms.append(Term(delta.up, delta.down, weight * delta.scaling))
     if problems:
-        names = sorted({a.base_model for a, _ in adapters if a.base_model})
+        names = sorted({a.base_model for a, _ in adapters if a.base_model and not _is_base(a.base_model, base.path)})
         more = [f"... and {len(problems) - 12} more"] if len(problems) > 12 else []
         raise MismatchError(
             "\n  ".join([f"the adapter does not fit this base ({len(problems)} modules)", *problems[:12], *more]),
@@ -294,6 +299,27 @@ def _match(
             hint=f"the adapter says it was trained on {', '.join(names)}" if names else "is this the right base?",
         )
     return touched
+
+
+def _why_missing(target: Target, known: Mapping[Target, Place], architecture: Architecture) -> str:
+    """Return a reason that a person can act on, or nothing."""
+    components = {t.component for t in known}
+    if components and target.component not in components:
+        return f" (it is {min(components)}: choose with --target '{min(components)}:**')"
+    tied = [p for group in architecture.tied if target.parts[0] in group for p in group if p != target.parts[0]]
+    return f" (it is tied to {tied[0]})" if any(Target(target.component, (p,)) in known for p in tied) else ""
+
+
+def _is_base(named: str, given: str) -> bool:
+    """Whether the base that an adapter names can be the one that was given: the same place, or the same last name."""
+    return Path(named).name == Path(given).resolve().name
+
+
+def _other_base(adapter: Adapter, base: Checkpoint) -> list[Finding]:
+    if not adapter.base_model or _is_base(adapter.base_model, base.path):
+        return []
+    what = f"says that it was trained on {adapter.base_model}; it is merged into {base.path}, which its shapes fit"
+    return [Finding("warning", adapter.origin.path, what)]
 
 
 def _plan_shard(shard: Shard, name: str, touched: Mapping[str, Touched], dtype: str) -> tuple[TensorFile, list[Unit]]:
@@ -339,20 +365,6 @@ def _companion_files(
     elif base.index_name:
         files.append(CopiedFile(base.index_name, f"{base.folder}/{base.index_name}"))
     return files, findings
-
-
-def _ledger(
-    base: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    touched: Mapping[str, Touched],
-) -> Ledger:
-    """Return the fate of every tensor: the base's are merged or copied, the adapters' are used or skipped by a glob."""
-    ledger = Ledger()
-    ledger.note(base.path, [n for n in base.tensors if n in touched], "merged")
-    ledger.note(base.path, [n for n in base.tensors if n not in touched], "copied")
-    for adapter, _ in adapters:
-        ledger.note_adapter(adapter)
-    return ledger
 
 
 def _overflow(tile: torch.Tensor, rounded: torch.Tensor, narrow: torch.dtype) -> str:

@@ -16,7 +16,9 @@ from loratool.adapter import Adapter, Delta, Finding, LowRank, Target
 from loratool.architecture import Architecture
 from loratool.errors import InputError, UsageError
 from loratool.hookspecs import Format
-from loratool.plan import Emit, Facts, Ledger, Load, Out, Plan, Report, Settled, Spooled
+from loratool.operations.writing import spell
+from loratool.plan import Emit, Facts, Input, Load, Out, Plan, Report, Settled, Spooled
+from loratool.tensors import TensorRef
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,16 @@ class ResizeModule:
         return str(self.target)
 
     @property
+    def reads(self) -> tuple[TensorRef, ...]:
+        """Both factors."""
+        return self.delta.refs
+
+    @property
     def outs(self) -> tuple[Out, ...]:
         """Down and up at the largest rank that the rule allows, in the spool."""
         rank = self.rule.bound(min(self.delta.rank, *self.delta.matrix_shape))
         down, up = factor_shapes(self.delta.down.shape, self.delta.up.shape, rank)
         return Out("", f"{self.key}.down", down, self.dtype), Out("", f"{self.key}.up", up, self.dtype)
-
-    @property
-    def work(self) -> int:
-        """Bytes of both factors."""
-        return self.delta.down.nbytes + self.delta.up.nbytes
 
     @property
     def scratch(self) -> int:
@@ -126,15 +128,17 @@ def plan(
 ) -> Plan:
     """Plan the recompression of every delta of `adapter` under `rule`, written in `format`."""
     units = tuple(
-        ResizeModule(t, delta, rule, delta.down.dtype if dtype == "keep" else dtypes.from_torch_name(dtype))
+        ResizeModule(
+            t,
+            delta,
+            rule,
+            dtypes.wider(delta.down.dtype, delta.up.dtype) if dtype == "keep" else dtypes.from_torch_name(dtype),
+        )
         for t in adapter.targets
         for delta in adapter.deltas[t]
     )
     report = Report(verb="resize", findings=list(adapter.findings))
-    ledger = Ledger()
-    ledger.note_adapter(adapter)
-    report.ledger = ledger.summary()
-    report.totals = {"modules": len(units), "bytes_before": sum(u.work for u in units)}
+    report.totals = {"modules": len(units), "bytes_before": sum(ref.nbytes for u in units for ref in u.reads)}
     if rule.rank is not None and all(rule.rank >= u.delta.rank for u in units):
         what = f"no module has a rank above {max(u.delta.rank for u in units)}: nothing gets smaller"
         report.findings.append(Finding("warning", f"--rank {rule.rank}", what))
@@ -147,13 +151,13 @@ def plan(
             deltas[unit.target] = (settled_factors(unit.outs, fact["rank"], spooled),)
             row.update(rank=fact["rank"], **_losses(fact["total"], fact["residual"]))
         report.totals |= _losses(*(sum(facts[u.key][name] for u in units) for name in ("total", "residual")))
-        written = format.write(replace(adapter, deltas=deltas), architecture, options)
+        files = spell(replace(adapter, deltas=deltas), architecture, format, options, report)
         report.totals["bytes"] = sum(ref.nbytes for ds in deltas.values() for d in ds for ref in d.refs)
-        report.files = [f.name for f in written.files]
-        report.findings += [Finding("warning", format.name, note) for note in written.notes]
-        return Settled(report, written.files)
+        return Settled(report, files)
 
-    return Plan(units, report, settle, single_file=format.single_file or "file" in options)
+    inputs = (Input(adapter.origin.path, adapter.tensors, adapter.explained),)
+    later = tuple(adapter.base_copies.values())
+    return Plan(units, report, settle, (), format.single_file or "file" in options, inputs, later)
 
 
 def _losses(total: float, residual: float) -> dict[str, float]:

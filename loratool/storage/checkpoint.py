@@ -7,6 +7,7 @@ the Hugging Face cache's blobs are the one allowed outside), and index and heade
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -95,9 +96,15 @@ def open_base(path: str) -> Checkpoint:
 
 
 def is_adapter_folder(path: str) -> bool:
-    """Whether a folder says by its file names that it is an adapter."""
+    """Whether a folder says by its file names that it is an adapter, or holds named adapters and no model."""
     place = Path(path)
-    return place.is_dir() and any((place / n).is_file() for n in ("adapter_config.json", *_ADAPTER_WEIGHTS))
+    if not place.is_dir() or any((place / n).is_file() for n in _BASE_WEIGHTS):
+        return _has_adapter(place)
+    return _has_adapter(place) or any(_has_adapter(inner) for inner in place.iterdir())
+
+
+def _has_adapter(place: Path) -> bool:
+    return any((place / n).is_file() for n in ("adapter_config.json", *_ADAPTER_WEIGHTS))
 
 
 def companions(folder: str) -> list[str]:
@@ -127,9 +134,9 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 def _adapter_folder(place: Path) -> Path:
     """Return the folder itself, or the one subfolder that holds an adapter (PEFT saves named adapters so)."""
-    if is_adapter_folder(str(place)):
+    if _has_adapter(place):
         return place
-    inner = [p for p in sorted(place.iterdir()) if p.is_dir() and is_adapter_folder(str(p))]
+    inner = [p for p in sorted(place.iterdir()) if p.is_dir() and _has_adapter(p)]
     if len(inner) > 1:
         raise InputError(
             f"several adapters are in this folder: {', '.join(p.name for p in inner)}",
@@ -154,7 +161,7 @@ def _only_file(place: Path) -> Path:
 
 def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     if not path.is_file():
-        raise StorageError("no such file or folder", where=path, hint="sources are local paths")
+        raise StorageError("no such file or folder", where=path, hint=_fetching(path))
     if path.suffix in _PICKLES:
         if not allow_pickle:
             raise FormatError(
@@ -168,6 +175,13 @@ def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     header = safetensors.read_header(path)
     tensors = {ref.name: ref for ref in header.tensors}
     return Checkpoint(str(path), tensors, header.metadata, shards=(Shard(path.name, header),))
+
+
+def _fetching(path: Path) -> str:
+    """Say how a source that looks like a Hub id gets here."""
+    name = path.as_posix()
+    hub = f"; `hf download {name} --local-dir {path.name}` fetches it" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+    return f"sources are local paths{hub}"
 
 
 def _open_index(path: Path) -> Checkpoint:

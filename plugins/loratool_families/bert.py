@@ -25,6 +25,7 @@ BERT = Architecture(
     prefixes={"": ("bert.",)},
     headless=("BertModel",),
     tied=(("bert.embeddings.word_embeddings", "cls.predictions.decoder"),),
+    tied_by_default=True,
 )
 
 

@@ -23,6 +23,7 @@ DISTILBERT = Architecture(
     prefixes={"": ("distilbert.",)},
     headless=("DistilBertModel",),
     tied=(("distilbert.embeddings.word_embeddings", "vocab_projector"),),
+    tied_by_default=True,
 )
 
 

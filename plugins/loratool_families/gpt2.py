@@ -19,6 +19,7 @@ GPT2 = Architecture(
     prefixes={"": ("transformer.",)},
     headless=("GPT2Model",),
     tied=(("transformer.wte", "lm_head"),),
+    tied_by_default=True,
 )
 
 

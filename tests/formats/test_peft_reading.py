@@ -388,7 +388,7 @@ def test_thousands_of_literal_keys_for_thousands_of_modules_cost_little(tmp_path
 
 
 def test_quick_regular_expressions_have_a_deadline_together(tmp_path, monkeypatch):
-    monkeypatch.setattr("loratool.formats.peft._Pattern.budget", 0.2)
+    monkeypatch.setattr("loratool.formats.peft_config._Pattern.budget", 0.2)
     modules = [f"blocks.{n}.to_q" for n in range(1000)]
     adapter_with(tmp_path, modules, alpha_pattern={f"y{n}.*": 4 for n in range(1000)})
     start = time.monotonic()

@@ -24,8 +24,8 @@ PATHS = [f"layers.{i}.{m}" for i in (0, 1, 10) for m in ("attn.q", "attn.k", "ml
 
 def an_adapter(**changes):
     deltas = {Target("unet", (p,)): (low_rank(name=p),) for p in PATHS}
-    names = tuple(r.name for ds in deltas.values() for d in ds for r in d.refs)
-    return Adapter(**{"deltas": deltas, "origin": Origin("test", "somewhere"), "names": names, **changes})
+    tensors = {r.name: r for ds in deltas.values() for d in ds for r in d.refs}
+    return Adapter(**{"deltas": deltas, "origin": Origin("test", "somewhere"), "tensors": tensors, **changes})
 
 
 @given(st.integers(1, 512), st.one_of(st.integers(1, 4096), st.floats(0.01, 1000).map(lambda x: round(x, 3))))
@@ -65,8 +65,7 @@ def test_globs_choose_modules_and_account_for_the_rest(target, exclude, kept):
         ref.name for t, deltas in an_adapter().deltas.items() if t.path not in kept for d in deltas for ref in d.refs
     }
     assert set(adapter.skipped) == left_out
-    assert adapter.open_names == []
-    adapter.require_sound()
+    assert adapter.explained == dict.fromkeys(left_out, "skipped")
 
 
 @pytest.mark.parametrize(
@@ -86,13 +85,6 @@ def test_targets_are_in_natural_order():
     assert [t.path for t in an_adapter().targets] == [
         f"layers.{i}.{m}" for i in (0, 1, 10) for m in ("attn.k", "attn.q", "mlp.up")
     ]
-
-
-def test_a_tensor_that_a_format_forgot_is_an_error():
-    adapter = an_adapter()
-    forgetful = an_adapter(names=(*adapter.names, "forgotten.weight"))
-    with pytest.raises(MismatchError, match=r"forgotten\.weight"):
-        forgetful.require_sound()
 
 
 def test_errors_stop_and_warnings_do_not():

@@ -136,7 +136,6 @@ class Asking:
     ask: Any
     key: str = "asking"
     scratch: int = 0
-    work: int = 1
     reads: tuple[TensorRef, ...] = ()
     outs: tuple[Any, ...] = ()
 

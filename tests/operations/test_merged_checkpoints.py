@@ -112,7 +112,7 @@ def test_the_report_is_written_and_its_ledger_closes(done: Path) -> None:
     assert report["verb"] == "merge"
     counts = {source: sum(fates.values()) for source, fates in report["ledger"].items()}
     assert counts == {str(done / "base"): len(tensors_of_llama()), str(done / "adapter"): len(factors())}
-    assert report["ledger"][str(done / "base")] == {"merged": 3, "copied": len(tensors_of_llama()) - 3}
+    assert report["ledger"][str(done / "base")] == {"computed": 3, "copied": len(tensors_of_llama()) - 3}
     assert sorted(row["tensor"] for row in report["rows"]) == sorted(TOUCHED)
     for row in report["rows"]:
         name = f"base_model.model.{row['tensor'].removesuffix('.weight')}"
@@ -177,12 +177,13 @@ def test_modules_that_a_glob_leaves_out_are_skipped_in_the_ledger(tmp_path: Path
     base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
     if verb == "merge":
         report = loratool.merge(base, [adapter], tmp_path / "out", exclude=["q_proj"])
-        assert report.ledger[str(base)] == {"merged": 2, "copied": len(tensors_of_llama()) - 2}
+        assert report.ledger[str(base)] == {"computed": 2, "copied": len(tensors_of_llama()) - 2}
     elif verb == "resize":
         report = loratool.resize(adapter, tmp_path / "out", rank=2, exclude=["q_proj"])
     else:
         report = loratool.convert(adapter, tmp_path / "out", to="peft", exclude=["q_proj"])
-    assert report.ledger[str(adapter)] == {"used": len(factors()) - 2, "skipped": 2}
+    fate = "copied" if verb == "convert" else "computed"
+    assert report.ledger[str(adapter)] == {fate: len(factors()) - 2, "skipped": 2}
 
 
 def test_the_ledger_of_an_extraction_closes_over_both_models(tmp_path: Path) -> None:

@@ -367,7 +367,7 @@ def test_a_plugin_can_bring_a_format(installs, tmp_path):
                 return "mine" in source.tensors
 
             def read(self, source, architectures):
-                return Adapter({}, Origin("mine", source.path), consumed=("mine",), names=("mine",))
+                return Adapter({}, Origin("mine", source.path), consumed=("mine",), tensors=source.tensors)
 
             def write(self, adapter, architecture, options):
                 raise NotImplementedError

@@ -1,0 +1,95 @@
+"""The ledger: every input tensor has a fate, and every output tensor has a maker.
+
+Nothing is declared by hand: fates follow from what the units read and what the files hold, by the place of the bytes.
+A tensor that nothing touches must be explained (read for its value, left out by the user's glob or flag), or the job is
+refused.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+
+from loratool.errors import MismatchError
+from loratool.plan import Input, OutFile, TensorFile, Unit
+from loratool.tensors import Span, TensorRef
+
+
+class _Places:
+    """Bytes of files as disjoint intervals, and inline bytes by identity."""
+
+    def __init__(self, refs: Iterable[TensorRef]) -> None:
+        self.inline: set[int] = set()
+        spans: dict[str, list[tuple[int, int]]] = {}
+        for ref in refs:
+            for piece in ref.pieces:
+                if isinstance(piece, Span):
+                    spans.setdefault(piece.path, []).append((piece.offset, piece.offset + piece.nbytes))
+                else:
+                    self.inline.add(id(piece.data))
+        self.intervals = {path: _joined(sorted(found)) for path, found in spans.items()}
+
+    def hold(self, ref: TensorRef) -> bool:
+        """Whether all bytes of a tensor are among these."""
+        return all(
+            self._holds_span(piece) if isinstance(piece, Span) else id(piece.data) in self.inline
+            for piece in ref.pieces
+        )
+
+    def _holds_span(self, span: Span) -> bool:
+        intervals = self.intervals.get(span.path, [])
+        at = bisect_right(intervals, (span.offset, float("inf"))) - 1
+        return not span.nbytes or (at >= 0 and span.offset + span.nbytes <= intervals[at][1])
+
+
+def _joined(intervals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, stop in intervals:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def close(
+    inputs: Iterable[Input], units: Sequence[Unit], files: Iterable[OutFile], later: Iterable[TensorRef] = ()
+) -> dict[str, dict[str, int]]:
+    """Return how many tensors of each input were computed with, copied, or explained; raise where one has no fate.
+
+    `later` are references that will be copied once ranks are settled.
+    """
+    written = [ref for file in files if isinstance(file, TensorFile) for ref in file.tensors]
+    computed = _Places(ref for unit in units for ref in unit.reads)
+    copied = _Places([*written, *later])
+    summary: dict[str, dict[str, int]] = {}
+    for source, tensors, explained, otherwise in inputs:
+        counts = summary.setdefault(source, {})
+        open_names = []
+        for name, ref in tensors.items():
+            fate = explained.get(name, "")
+            if not fate and ref.nbytes:
+                fate = "computed" if computed.hold(ref) else "copied" if copied.hold(ref) else otherwise
+            elif not fate:
+                fate = "empty"
+            if not fate:
+                open_names.append(name)
+            counts[fate] = counts.get(fate, 0) + 1
+        if open_names:
+            more = f" and {len(open_names) - 6} more" if len(open_names) > 6 else ""
+            raise MismatchError(
+                f"the ledger does not close: nothing accounts for {', '.join(open_names[:6])}{more}",
+                where=source,
+                hint="this would be a silent loss; please report it with the names above",
+            )
+    _check_makers(units, files)
+    return summary
+
+
+def _check_makers(units: Sequence[Unit], files: Iterable[OutFile]) -> None:
+    """Raise where an output tensor has neither bytes nor a unit that computes it."""
+    made = {(out.file, out.name) for unit in units for out in unit.outs}
+    for file in files:
+        for ref in file.tensors if isinstance(file, TensorFile) else ():
+            if ref.nbytes and not ref.pieces and (file.name, ref.name) not in made:
+                raise MismatchError(f"the ledger does not close: nothing makes {ref.name}", where=file.name)
