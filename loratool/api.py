@@ -21,7 +21,8 @@ from loratool.hookspecs import Format
 from loratool.operations.resize import Rule
 from loratool.plan import Plan, Report
 from loratool.plugins import Plugins, family_of, installed
-from loratool.storage import checkpoint, writer
+from loratool.storage import checkpoint
+from loratool.storage.target import check_target
 
 StrPath = str | Path
 
@@ -293,7 +294,8 @@ def _finish(
         report.ledger = ledger.close(plan.inputs, plan.units, plan.files, plan.later)
     if out is not None:
         report.out = str(out)
-        writer.check_target(Path(out), map(str, inputs), single_file=plan.single_file, force=force)
+        names = [file.name for file in plan.files]
+        check_target(Path(out), map(str, inputs), single_file=plan.single_file, force=force, names=names)
     if dry_run:
         report.dry_run = True
         return report

@@ -73,7 +73,7 @@ EVERYTHING = Resources()
 
 def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progress: Progress | None) -> Report:
     """Run a plan, publish its output at `out`, and return the report. All appears at `out`, or nothing."""
-    inputs = inputs_of((plan.units, plan.files))
+    inputs = inputs_of((plan.units, plan.files, plan.later))
     with Staging(out, digest(plan, resources, inputs), single_file=plan.single_file) as stage:
         stage.prepare(plan.files, [o for unit in plan.units for o in unit.outs if not o.file])
         facts = run(plan.units, resources, stage, progress)

@@ -82,7 +82,7 @@ def interrupted(*notes: str) -> None:
 
 def check_report_file(file: str) -> None:
     """Refuse to write a report over anything but a report (or into what is no file, such as a pipe)."""
-    from loratool.storage.writer import is_report
+    from loratool.storage.target import is_report
 
     path = Path(file)
     if (path.is_file() or path.is_dir()) and not is_report(path):

@@ -11,131 +11,20 @@ the same command run again finds its journal and goes on. Layout of the staging 
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import json
 import os
-import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
-from loratool.errors import FormatError, LockedError, LoratoolError, StorageError, UsageError
+from loratool.errors import FormatError, StorageError, UsageError
 from loratool.plan import CopiedFile, Facts, JsonFile, Out, OutFile, TensorFile
-from loratool.storage import jsonfile, safetensors
+from loratool.storage import jsonfile, safetensors, target
 from loratool.storage.descriptor import Descriptor
 from loratool.storage.writeback import WriteBehind
 from loratool.tensors import Inline, Span, TensorRef
-
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
-_REPORT_CAP = 1 << 30
-_HEX = frozenset("0123456789abcdef")
-
-#: What save_pretrained leaves at the top of a folder: `force` may replace these without having written them.
-_KNOWN = re.compile(
-    r"(?:model|adapter_model|pytorch_model|diffusion_pytorch_model)(?:\.fp16)?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
-    r"|(?:model|pytorch_model|diffusion_pytorch_model)\.(?:safetensors|bin)\.index\.json"
-    r"|(?:config|adapter_config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
-    r"|preprocessor_config|processor_config|chat_template|loratool\.report)\.json"
-    r"|vocab\.txt|merges\.txt|chat_template\.jinja|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model"
-    r"|README\.md|LICENSE(?:\.txt|\.md)?|\.gitattributes"
-)
-
-
-def check_target(
-    out: Path, inputs: Iterable[str], *, single_file: bool, force: bool, names: Collection[str] = ()
-) -> None:
-    """Refuse an output that exists (without `force`), that is an input or holds one, or that is no place to write.
-
-    `names` are the files that the plan is known to write; others may stand in the way of `force`.
-    """
-    for name in inputs:
-        source, target = Path(name).resolve(), out.resolve()
-        if target == source or source.is_relative_to(target) or (source.is_dir() and target.is_relative_to(source)):
-            raise UsageError("the output would overwrite or enter an input", where=out, hint="choose another -o")
-    if not out.exists():
-        return
-    with suppress(LockedError, OSError):  # a run is writing there, or nobody may
-        _sweep(out)
-    empty = out.is_dir() and not any(out.iterdir())
-    if not force and not empty:
-        raise StorageError("the output exists", where=out, hint="choose another -o, or --force to replace it")
-    _check_replaceable(out, single_file, names)
-
-
-def _check_replaceable(out: Path, single_file: bool, names: Collection[str]) -> None:
-    """Refuse to replace a file by a folder, a folder by a file, or a folder that holds what nobody can make again."""
-    if out.is_dir() == single_file:
-        raise StorageError(
-            f"the output is a {'folder' if out.is_dir() else 'file'}", where=out, hint="choose another -o"
-        )
-    if out.is_dir() and not is_report(out / "loratool.report.json"):
-        found = list(islice(_foreign(out, names), 4))
-        if found:
-            more = " and more" if len(found) > 3 else ""
-            raise StorageError(
-                f"refusing to replace a folder that holds other files: {', '.join(found[:3])}{more}",
-                where=out,
-                hint="choose another -o, or move them away",
-            )
-
-
-def _foreign(folder: Path, names: Collection[str]) -> Iterator[str]:
-    """What a folder holds apart from `names` and from what save_pretrained writes at its top."""
-    for path, folders, files in os.walk(folder, onerror=_raise):
-        links = [name for name in folders if Path(path, name).is_symlink()]
-        for name in sorted((*files, *links)):
-            inside = Path(path, name).relative_to(folder).as_posix()
-            if inside not in names and not _KNOWN.fullmatch(inside):
-                yield inside
-        if not folders and not files and Path(path) != folder:
-            yield f"{Path(path).relative_to(folder).as_posix()}/"
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def is_report(path: Path) -> bool:
-    """Whether a file is a report of loratool."""
-    try:
-        content = jsonfile.read(path, _REPORT_CAP)
-    except LoratoolError:
-        return False
-    return "verb" in content and "ledger" in content
-
-
-def _sweep(out: Path) -> None:
-    """Remove what a run that died after publishing left beside its output. One to be resumed still has its journal."""
-    left = [root for root in _stagings(out) if not (root / "journal").exists()]
-    if not left and not _lock_path(out).exists():
-        return
-    lock = _take_lock(_lock_path(out))
-    try:
-        for root in left:
-            if not (root / "journal").exists():
-                shutil.rmtree(root, ignore_errors=True)
-        _lock_path(out).unlink(missing_ok=True)
-    finally:
-        os.close(lock)
-
-
-def _stagings(out: Path) -> list[Path]:
-    """The staging folders of an output: exactly those, for `OUT.loratool-x` may be another output with its own."""
-    start = f".{out.name}.loratool-"
-    return [
-        path
-        for path in out.parent.iterdir()
-        if path.name.startswith(start) and len(path.name) == len(start) + 16 and set(path.name[-16:]) <= _HEX
-    ]
-
-
-def _lock_path(out: Path) -> Path:
-    return out.parent / f".{out.name}.loratool.lock"
 
 
 class Staging:
@@ -162,8 +51,8 @@ class Staging:
         try:
             self._made = [p for p in self.out.parents if not p.exists()]
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(_lock_path(self.out))
-            for stale in _stagings(self.out):
+            self._lock = target.take_lock(target.lock_path(self.out))
+            for stale in target.stagings(self.out):
                 if stale != self.root:
                     shutil.rmtree(stale, ignore_errors=True)
             self._resume()
@@ -193,7 +82,7 @@ class Staging:
             with suppress(OSError):
                 self._forget()
             shutil.rmtree(self.root, ignore_errors=True)
-            _lock_path(self.out).unlink(missing_ok=True)
+            target.lock_path(self.out).unlink(missing_ok=True)
             os.close(self._lock)
         for folder in self._made:
             with suppress(OSError):  # not empty: it holds the output, or somebody else's
@@ -382,78 +271,33 @@ class Staging:
         for path in (self.payload, *self.payload.rglob("*")):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
             if path.is_dir():
-                _fsync(path)
+                target.fsync(path)
         source = self.payload / files[0].name if self.single_file else self.payload
         if force and self.out.exists():  # once more: the run may have taken hours
-            _check_replaceable(self.out, self.single_file, {file.name for file in files})
+            target.check_replaceable(self.out, self.single_file, {file.name for file in files})
         status = source.stat()
         self._published = status.st_dev, status.st_ino
         self._forget()  # after an exchange the payload is the old output: it must not be resumed as the new one
-        _publish(source, self.out, force)
+        target.publish(source, self.out, force)
         for folder in {self.out.parent, *(made.parent for made in self._made)}:
-            _fsync(folder)
-
-
-def _publish(source: Path, out: Path, force: bool) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
-    if not out.exists():
-        source.rename(out)
-    elif not force:
-        raise StorageError("the output appeared while this run was working", where=out, hint="--force replaces it")
-    elif out.is_file():
-        source.replace(out)
-    elif not _exchange(source, out):
-        aside = source.parent / "replaced"
-        try:
-            out.rename(aside)
-            source.rename(out)
-        except BaseException:
-            if aside.exists() and not out.exists():
-                aside.rename(out)
-            raise
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths atomically (Linux renameat2); False where the system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    return bool(renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0)
-
-
-def _take_lock(path: Path) -> int:
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise LockedError("another run is writing this output", where=path, hint="wait for it to end") from None
-        try:
-            if os.fstat(fd).st_ino == path.stat().st_ino:
-                return fd
-        except FileNotFoundError:
-            pass  # its last holder removed it between our open and our lock
-        os.close(fd)
+            target.fsync(folder)
 
 
 def _runs(refs: Sequence[TensorRef], places: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
     """Return what to copy as (path, from, to, bytes); neighbours in both files are one run."""
     runs: list[tuple[str, int, int, int]] = []
     for ref in refs:
-        target = places[ref.name]
+        place = places[ref.name]
         for piece in ref.pieces:
             if isinstance(piece, Span):
-                run = (piece.path, piece.offset, target, piece.nbytes)
+                run = (piece.path, piece.offset, place, piece.nbytes)
                 if runs:
                     path, start, at, nbytes = runs[-1]
                     if (path, start + nbytes, at + nbytes) == run[:3]:
                         runs.pop()
                         run = (path, start, at, nbytes + piece.nbytes)
                 runs.append(run)
-            target += piece.nbytes
+            place += piece.nbytes
     return runs
 
 
@@ -493,14 +337,6 @@ def _check_written(path: Path, file: TensorFile) -> None:
         written = {n: (opened.get_slice(n).get_shape(), str(opened.get_slice(n).get_dtype())) for n in opened.keys()}  # noqa: SIM118
     if written != wanted:
         raise FormatError("the written file does not read back as planned: please report this bug", where=path)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _boot_id() -> bytes:

@@ -34,7 +34,7 @@ CALLS = (
     "rename",
     "replace",
 )
-SYSTEM = (("writeback", "WriteBehind._range"), ("writer", "_exchange"))  # sync_file_range and renameat2, by ctypes
+SYSTEM = (("writeback", "WriteBehind._range"), ("target", "_exchange"))  # sync_file_range and renameat2, by ctypes
 REMOVALS = ("unlink", "rmdir")  # a failing removal may leave something behind; a killed one must not harm
 
 

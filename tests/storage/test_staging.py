@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from loratool.errors import FormatError, LockedError, StorageError, UsageError
 from loratool.plan import CopiedFile, JsonFile, Out, TensorFile
-from loratool.storage import writer
+from loratool.storage import target, writer
 from loratool.storage.load import as_bytes
-from loratool.storage.writer import Staging, check_target
+from loratool.storage.target import check_target
+from loratool.storage.writer import Staging
 from loratool.tensors import Inline, TensorRef
 
 VALUES = torch.arange(12, dtype=torch.float32).reshape(4, 3)
@@ -215,14 +216,14 @@ def test_what_is_left_after_publishing_is_not_resumed(tmp_path: Path, monkeypatc
     # killed between the exchange and the clean-up, the payload is the *old* output under a journal that says "done"
     out = tmp_path / "out"
     write_folder(out, VALUES)
-    exchange = writer._publish
+    exchange = target.publish
 
     def exchange_and_die(source: Path, target: Path, force: bool) -> None:
         exchange(source, target, force)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_publish", exchange_and_die)
+        patch.setattr(target, "publish", exchange_and_die)
         patch.setattr(Staging, "_leave", lambda stage: os.close(stage._lock))
         with pytest.raises(Killed):
             write_folder(out, -VALUES, force=True)
@@ -431,7 +432,7 @@ def test_force_replaces_the_whole_folder_and_leaves_no_trace_of_the_old(tmp_path
 def test_replacing_works_where_the_system_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     write_folder(out)
-    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(target, "_exchange", lambda one, other: False)
     write_folder(out, -VALUES, force=True)
     assert torch.equal(load_file(out / "model.safetensors")["a"], -VALUES)
     assert beside(out) == []
@@ -480,7 +481,7 @@ def test_the_old_output_comes_back_where_the_new_one_cannot_be_moved_in(
 ) -> None:
     out = tmp_path / "out"
     write_folder(out)
-    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(target, "_exchange", lambda one, other: False)
     rename = Path.rename
 
     def fails(path: Path, target: Path) -> Path:
