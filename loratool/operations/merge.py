@@ -35,7 +35,7 @@ from loratool.plan import (
     TensorFile,
     Unit,
 )
-from loratool.storage.checkpoint import Checkpoint, Shard, companions, is_inside
+from loratool.storage.checkpoint import Checkpoint, Shard, companions, is_inside, left_behind
 from loratool.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -364,6 +364,11 @@ def _companion_files(
         files.append(JsonFile(base.index_name, {**base.index, "metadata": metadata}))
     elif base.index_name:
         files.append(CopiedFile(base.index_name, f"{base.folder}/{base.index_name}"))
+    taken = {file.name for file in (*weights, *files)} | {f.where for f in findings}
+    left = left_behind(base.folder, taken)
+    if left:
+        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+        findings.append(Finding("info", base.path, f"not copied: {', '.join(left[:8])}{more}"))
     return files, findings
 
 

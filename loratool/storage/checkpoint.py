@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -120,6 +120,19 @@ def companions(folder: str) -> list[str]:
         wanted = path.is_file() and named and not (hidden or skipped or nested)
         if wanted and path.stat().st_size <= _COMPANION_CAP:
             names.append(relative.as_posix())
+    return names
+
+
+def left_behind(folder: str, taken: Collection[str]) -> list[str]:
+    """Return what lies in a model's folder and is not taken along: files, and folders with a trailing slash."""
+    names = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.name.startswith(".") or path.name in taken:
+            continue
+        if not path.is_dir():
+            names.append(path.name)
+        elif any(p.is_file() and p.relative_to(folder).as_posix() not in taken for p in path.glob("*")):
+            names.append(f"{path.name}/")
     return names
 
 

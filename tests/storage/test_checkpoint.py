@@ -286,3 +286,24 @@ def test_a_companion_that_links_out_of_the_folder_is_not_copied_and_named(tmp_pa
     assert not (tmp_path / "out" / "vocab.txt").exists()
     assert (tmp_path / "out" / "merges.txt").read_text() == (base / "config.json").read_text()
     assert [f.where for f in report.findings if "link" in f.what] == ["vocab.txt"]
+
+
+def test_what_a_merge_does_not_take_along_is_named(tmp_path):
+    from tiny_files import write_adapter, write_base
+
+    import loratool
+
+    base = write_base(tmp_path / "base")
+    for name in (
+        "README.md",
+        "onnx/model.onnx",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "1_Pooling/config.json",
+    ):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("{}")
+    report = loratool.merge(base, [write_adapter(tmp_path / "adapter")], tmp_path / "out")
+    said = next(f.what for f in report.findings if "not copied" in f.what)
+    assert said == "not copied: 2_Dense/, README.md, onnx/"
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
