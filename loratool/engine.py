@@ -10,10 +10,9 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loratool import ledger
 from loratool.errors import InputError, LoratoolError, StorageError, UsageError
-from loratool.plan import CopiedFile, Facts, JsonFile, Out, Plan, Report, Unit, work
+from loratool.plan import CopiedFile, Facts, JsonFile, Out, OutFile, Plan, Report, TensorFile, Unit, work
 from loratool.storage.writer import Staging
 from loratool.tensors import Span, TensorRef
 
@@ -73,7 +72,7 @@ EVERYTHING = Resources()
 
 def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progress: Progress | None) -> Report:
     """Run a plan, publish its output at `out`, and return the report. All appears at `out`, or nothing."""
-    inputs = inputs_of((plan.units, plan.files, plan.later))
+    inputs = inputs_of(plan.units, plan.files, plan.later)
     with Staging(out, digest(plan, resources, inputs), single_file=plan.single_file) as stage:
         stage.prepare(plan.files, [o for unit in plan.units for o in unit.outs if not o.file])
         facts = run(plan.units, resources, stage, progress)
@@ -84,7 +83,7 @@ def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progres
             what = f"the output is one file, and its format wrote {len(files)} ({names}): please report this bug"
             raise LoratoolError(what, where=out)
         report.ledger = ledger.close(plan.inputs, plan.units, files)
-        inputs = {**inputs_of(more), **inputs}
+        inputs = {**inputs_of((), more), **inputs}
         stage.prepare(more)
         report.out = str(out)
         if not plan.single_file:
@@ -240,9 +239,13 @@ def _torch_version() -> str:
         return "of unknown version"
 
 
-def inputs_of(value: object) -> Inputs:
-    """Look at every input file that a value refers to."""
-    return {path: _look(path) for path in _paths(value)}
+def inputs_of(units: Iterable[Unit], files: Iterable[OutFile] = (), later: Iterable[TensorRef] = ()) -> Inputs:
+    """Look at every input file that units read, or whose bytes go to the output."""
+    files = tuple(files)
+    refs = [*(ref for unit in units for ref in unit.reads), *later]
+    refs += [ref for file in files if isinstance(file, TensorFile) for ref in file.tensors]
+    paths = {piece.path for ref in refs for piece in ref.pieces if isinstance(piece, Span)}
+    return {path: _look(path) for path in paths | {file.source for file in files if isinstance(file, CopiedFile)}}
 
 
 def _look(path: str) -> tuple[int, int, int]:
@@ -258,16 +261,3 @@ def _check_unchanged(inputs: Inputs) -> None:
     for path, before in inputs.items():
         if _look(path) != before:
             raise StorageError("this input was changed while it was being used", where=path, hint="run it again")
-
-
-def _paths(value: object) -> set[str]:
-    """The files behind every TensorRef and copy in a value."""
-    if isinstance(value, TensorRef):
-        return {piece.path for piece in value.pieces if isinstance(piece, Span)}
-    if isinstance(value, CopiedFile):
-        return {value.source}
-    if isinstance(value, tuple):
-        return set().union(*map(_paths, value))
-    if is_dataclass(value):
-        return set().union(*map(_paths, vars(value).values()))
-    return set()

@@ -19,10 +19,3 @@ def energy(sigma: torch.Tensor, share: float) -> int:
     # relative slack of a few ulp: a share of 1.0 must not keep noise that the sum itself cannot resolve
     wanted = share * float(kept[-1]) * (1 - 1e-15)
     return fixed(sigma, int(torch.searchsorted(kept, torch.tensor(wanted, dtype=kept.dtype))) + 1)
-
-
-def retained(sigma: torch.Tensor, rank: int, total: float | None = None) -> float:
-    """Return the share of energy (sum of squares) in the first `rank` values; `total` where sigma is not all of it."""
-    squares = sigma.double() ** 2
-    whole = float(squares.sum()) if total is None else total
-    return float(squares[:rank].sum()) / whole if whole else 1.0

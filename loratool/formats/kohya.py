@@ -14,15 +14,13 @@ from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Origin, Target
 from loratool.architecture import Architecture
 from loratool.errors import MismatchError
-from loratool.formats.naming import Parts, build, error, resolve
+from loratool.formats.naming import Parts, build, error, lasting, resolve
 from loratool.hookspecs import Written
 from loratool.patterns import flatten
 from loratool.plan import TensorFile
 from loratool.tensors import TensorRef, TensorSource, inline_scalar
 
 _KEY = re.compile(r"(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|.+)")
-# Metadata that described the source file: its container, and digests of its bytes.
-_STALE = ("format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _FOREIGN = (
     ("dora_scale", "a DoRA scale"),
     ("lora_mid", "a Tucker core"),
@@ -151,7 +149,7 @@ def _best(
 
 def _metadata(adapter: Adapter) -> dict[str, str]:
     """Training metadata as it came, with dim and alpha brought up to date."""
-    metadata = {k: v for k, v in adapter.metadata.items() if k not in _STALE}
+    metadata = lasting(adapter.metadata)
     for field, values in (
         ("ss_network_dim", {str(d.rank) for ds in adapter.deltas.values() for d in ds}),
         ("ss_network_alpha", {f"{d.alpha:g}" for ds in adapter.deltas.values() for d in ds}),

@@ -49,6 +49,15 @@ def shape_problem(down: TensorRef, up: TensorRef) -> str:
     return ""
 
 
+# Metadata that describes the file it is in: its container, its config, digests of its bytes.
+_OF_THE_FILE = ("format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
+
+def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata that stays true when an adapter is written to another file."""
+    return {name: value for name, value in metadata.items() if name not in _OF_THE_FILE}
+
+
 Scaling = Callable[[str, int], float]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from loratool.adapter import Adapter, Finding, Origin, Target
 from loratool.architecture import Architecture, Known
 from loratool.errors import MismatchError, UsageError
-from loratool.formats.naming import Parts, build, error, resolve
+from loratool.formats.naming import Parts, build, error, lasting, resolve
 from loratool.formats.peft_config import EMBEDDED, WAY_OUT, Scaling, make_config, read_config
 from loratool.hookspecs import Written
 from loratool.plan import JsonFile, TensorFile
@@ -111,8 +111,7 @@ class Peft:
         config = make_config(adapter, {t: _bare(m) for t, m in modules.items()})
         if architecture is not None:  # PEFT warns where this field is not as the layers are
             config.setdefault("fan_in_fan_out", _all_conv1d(adapter, architecture))
-        metadata = {**adapter.metadata, "format": "pt"}
-        metadata.pop(EMBEDDED, None)
+        metadata = {**lasting(adapter.metadata), "format": "pt"}
         name = options.get("file", "")
         if name:
             metadata[EMBEDDED] = json.dumps(dict(sorted(config.items())))  # the order inside patterns has a meaning

@@ -191,6 +191,9 @@ def same_bytes(one: TensorRef, two: TensorRef, load: Load) -> bool:
     )
 
 
+Pairs = dict[Target, tuple[Place, Place]]
+
+
 def plan(
     tuned: TensorSource,
     base: TensorSource,
@@ -217,16 +220,9 @@ def plan(
     for t in [t for t in chosen if tied_partner(t, tuned, architecture, known)]:
         del chosen[t]  # an adapter would change one of the two uses only; what changed is judged with the rest
         report.findings.append(Finding("info", str(t), "not extracted: its weight is tied to another layer's"))
-    stored = dtypes.from_torch_name("float32" if dtype == "keep" else dtype)
-    modules = []
-    for t, (new, old) in chosen.items():
-        fast = ExtractModule(t, new.ref, old.ref, new.layer.transposed, rule.rank or 1, stored, streamed=False)
-        modules.append(fast if fast.scratch <= memory else replace(fast, streamed=True))
+    modules = _extract_units(chosen, rule.rank or 1, dtype, memory)
     others += [(new.ref, old.ref) for t, (new, old) in pairs.items() if t not in chosen]
-    compared = tuple((_as_rows(new), _as_rows(old) if old else None) for new, old in others)
-    # one unit, and the first, where a change is an error: nobody waits for every SVD to be told of a norm
-    remaining = [CompareRest(compared, refuse=True)] if rest == "error" and compared else []
-    remaining = remaining or [CompareRest((pair,), refuse=False) for pair in compared]
+    remaining = _rest_units(others, rest)
     report.totals["modules"] = len(modules)
     report.rows = [
         {"module": u.key, "role": pairs[u.target][0].role, "shape": list(u.tuned.shape), "rank": u.outs[0].shape[0]}
@@ -271,7 +267,25 @@ def plan(
     return Plan(units, report, settle, (), format.single_file or "file" in options, inputs)
 
 
-Pairs = dict[Target, tuple[Place, Place]]
+def _extract_units(chosen: Pairs, rank: int, dtype: str, memory: int) -> list[ExtractModule]:
+    """Return a unit for each pair; those whose delta does not fit into `memory` read it in panels."""
+    units = []
+    for t, (new, old) in chosen.items():
+        stored = new.ref.dtype if dtype == "keep" else dtypes.from_torch_name(dtype)
+        held = ExtractModule(t, new.ref, old.ref, new.layer.transposed, rank, stored, streamed=False)
+        units.append(held if held.scratch <= memory else replace(held, streamed=True))
+    return units
+
+
+def _rest_units(others: Sequence[tuple[TensorRef, TensorRef | None]], rest: str) -> list[CompareRest]:
+    """Return the comparisons of what is not extracted: one unit, to run first, where a change is an error.
+
+    Nobody should wait for every SVD to be told that a norm changed.
+    """
+    compared = tuple((_as_rows(new), _as_rows(old) if old else None) for new, old in others)
+    if rest == "error":
+        return [CompareRest(compared, refuse=True)] if compared else []
+    return [CompareRest((pair,), refuse=False) for pair in compared]
 
 
 def _pair(

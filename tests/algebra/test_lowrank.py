@@ -195,11 +195,3 @@ def test_more_energy_never_needs_a_smaller_rank(sigma, one, two):
 @pytest.mark.parametrize(("sigma", "wanted"), [([0.0, 0.0], 1), ([1.0, 0.0, 0.0], 1), ([1.0, 1.0, 0.0], 2)])
 def test_all_energy_stops_where_the_spectrum_ends(sigma, wanted):
     assert rank.energy(torch.tensor(sigma), 1.0) == wanted
-
-
-@given(SPECTRA, st.integers(1, 25))
-def test_retained_energy_is_a_share_that_grows_to_one(sigma, keep):
-    share = rank.retained(sigma, keep)
-    assert 0.0 <= share <= 1.0 + 1e-12
-    assert rank.retained(sigma, len(sigma)) == pytest.approx(1.0)
-    assert rank.retained(sigma, keep + 1) >= share - 1e-12

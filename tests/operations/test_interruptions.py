@@ -133,7 +133,7 @@ def test_a_resumed_resize_notices_that_its_adapter_has_changed(tmp_path: Path) -
     digests = []
     for _ in range(2):
         made = plan(open_adapter(adapter), None, Rule(2), Peft(), options={})
-        digests.append(engine.digest(made, engine.Resources("cpu"), engine.inputs_of((made.units, made.files))))
+        digests.append(engine.digest(made, engine.Resources("cpu"), engine.inputs_of(made.units, made.files)))
         weights = adapter / "adapter_model.safetensors"
         os.utime(weights, ns=(1, weights.stat().st_mtime_ns + 1_000_000))
     assert digests[0] != digests[1]

@@ -125,3 +125,27 @@ def test_merge_takes_a_list_of_adapters_and_nothing_that_looks_like_one(tmp_path
 def test_an_unknown_keyword_fails_before_anything_is_opened(tmp_path):
     with pytest.raises(TypeError, match="arhc"):
         loratool.resize(tmp_path / "none", tmp_path / "out", rank=1, arhc="llama")
+
+
+def test_an_extraction_that_keeps_the_dtype_has_the_tuned_weights_dtype(tmp_path):
+    base, tensors = llama_files(tmp_path / "base")
+    tuned, _ = llama_files(tmp_path / "tuned")
+    save_file({n: (t + 0.1).bfloat16() for n, t in tensors.items()}, tuned / "model.safetensors")
+    for dtype, wanted in (("keep", torch.bfloat16), ("float32", torch.float32)):
+        loratool.extract(tuned, base, tmp_path / dtype, rank=2, dtype=dtype)
+        factors = load_file(tmp_path / dtype / "adapter_model.safetensors").values()
+        assert {t.dtype for t in factors} == {wanted}
+
+
+def test_digests_of_the_source_file_do_not_travel(tmp_path):
+    adapter = peft_files(tmp_path / "adapter", torch.ones(8, 2), torch.ones(2, 8))
+    weights = adapter / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "sshs_model_hash": "old", "ss_steps": "7"})
+    from safetensors import safe_open
+
+    for to, out in (("peft", tmp_path / "out"), ("kohya", tmp_path / "out.safetensors")):
+        loratool.convert(adapter, out, to=to)
+        with safe_open(out / "adapter_model.safetensors" if out.is_dir() else out, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["ss_steps"] == "7"
+        assert "sshs_model_hash" not in metadata
