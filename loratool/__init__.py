@@ -10,9 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, Finding, LowRank, Origin, Target
-from loratool.architecture import Architecture, Conv1D, Conv2d, Embedding, Linear, Match
+from loratool.architecture import Architecture, Match
 from loratool.errors import LoratoolError
 from loratool.hookspecs import Format, Written, hookimpl
+from loratool.layers import Conv1D, Conv1d, Conv2d, Conv3d, Embedding, Excluded, Experts, Fused, Linear
+from loratool.layouts import blocks, concat, interleave_heads, stack, stride
 from loratool.plan import JsonFile, Report, TensorFile
 from loratool.tensors import TensorRef, TensorSource
 
@@ -23,10 +25,15 @@ __all__ = [
     "Adapter",
     "Architecture",
     "Conv1D",
+    "Conv1d",
     "Conv2d",
+    "Conv3d",
     "Embedding",
+    "Excluded",
+    "Experts",
     "Finding",
     "Format",
+    "Fused",
     "JsonFile",
     "Linear",
     "LoratoolError",
@@ -40,13 +47,18 @@ __all__ = [
     "TensorSource",
     "Written",
     "__version__",
+    "blocks",
     "compare",
+    "concat",
     "convert",
     "extract",
     "hookimpl",
     "inspect",
+    "interleave_heads",
     "merge",
     "resize",
+    "stack",
+    "stride",
 ]
 
 __version__ = "0.1.0"

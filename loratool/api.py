@@ -15,12 +15,13 @@ from typing import Any, TypedDict, Unpack
 from loratool import engine, ledger
 from loratool.adapter import Adapter, Finding
 from loratool.architecture import Architecture
+from loratool.detection import family_of
 from loratool.engine import EVERYTHING, Progress, Resources
 from loratool.errors import FormatError, MismatchError, UsageError
 from loratool.hookspecs import Format
 from loratool.operations.resize import Rule
 from loratool.plan import Plan, Report
-from loratool.plugins import Plugins, family_of, installed
+from loratool.plugins import Plugins, installed
 from loratool.storage import checkpoint
 from loratool.storage.target import check_target
 
@@ -255,9 +256,7 @@ def _family(base: checkpoint.Checkpoint, arch: str, running: Mapping[str, Any]) 
             where=base.path,
             hint=f"add one with -p FILE (30 lines: docs/plugins.md); or --arch, if it is one of {names}",
         )
-    what = f"no family is made for {kind}; every layer fits {family.architecture.name}"
-    note = [Finding("info", base.path, what)] if family.by == "tensor names" and kind else []
-    return family.architecture, note
+    return family.architecture, list(family.findings)
 
 
 def _spelling(format: Format, out: Path, config: Mapping[str, object] | None) -> dict[str, str]:

@@ -1,94 +1,80 @@
 """Architectures: which layers of a model family can carry an adapter. Data, not code.
 
 A family author writes `Architecture(...)` with the layers' patterns (see loratool.patterns); everything else follows
-from it: names on disk and in memory, kohya's flat names, default targets, whether a weight is stored transposed.
+from it: names on disk and in memory, kohya's flat names, default targets, whether a weight is stored transposed, which
+rows of a fused weight are q.
 
-Layer paths are *canonical*: the Hugging Face checkpoint's spelling, with the leading element that some files omit
-(`transformer.`, `bert.`, `model.`) spelled out and listed in `prefixes`.
+Layer paths are *canonical*: the Hugging Face checkpoint's spelling on disk, with the leading element that some files
+omit (`transformer.`, `bert.`, `model.`) spelled out and listed in `prefixes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from loratool.errors import PluginError
-from loratool.patterns import Lexicon, Skeleton
+from loratool import expressions
+from loratool.errors import LoratoolError, MismatchError, PluginError
+from loratool.layers import Excluded, Experts, Fused, Layer
+from loratool.layouts import Rows
+from loratool.patterns import Lexicon, Rule, Skeleton, parse_rule
 
-
-@dataclass(frozen=True)
-class Layer:
-    """Layers of one kind: a pattern of module paths, a group to select them by, and the role of each alternative.
-
-    `roles` names the alternatives of the pattern's last choice, or is one role for all; without it the role is the last
-    element of the path that is not a number.
-    """
-
-    pattern: str
-    group: str = "other"
-    roles: tuple[str, ...] = ()
-    component: str = ""
-
-    kind: ClassVar[str] = "layer"
-    #: The stored weight is the transpose of the (out, in) matrix that an adapter's up @ down forms.
-    transposed: ClassVar[bool] = False
-
-    def role(self, skeleton: Skeleton) -> str:
-        """Return the role that this layer plays at one alternative of its pattern."""
-        if self.roles:
-            return self.roles[skeleton.alternative if len(self.roles) > 1 else 0]
-        return next(e for e in reversed(skeleton.elements) if not e.isdigit() and not e.startswith("{"))
-
-
-class Linear(Layer):
-    """`torch.nn.Linear`: weight (out, in)."""
-
-    kind = "linear"
-
-
-class Conv1D(Layer):
-    """`transformers.pytorch_utils.Conv1D` (GPT-2): weight (in, out), the transpose of a linear layer's."""
-
-    kind = "conv1d"
-    transposed = True
-
-
-class Conv2d(Layer):
-    """`torch.nn.Conv2d`: weight (out, in, kh, kw)."""
-
-    kind = "conv2d"
-
-
-class Embedding(Layer):
-    """`torch.nn.Embedding`: weight (entries, dim), the transpose of the linear map from one-hot entries to dim."""
-
-    kind = "embedding"
-    transposed = True
+_OPEN = "987654321"  # stands for the open index of a stack while its paths are looked up
+_DEPTH = 3  # a name may need a rule for its prefix, one for its module and one for its expert
 
 
 @dataclass(frozen=True)
 class Match:
-    """What identifies a family in a config: transformers' `model_type`, or diffusers' `_class_name`."""
+    """What identifies a family: a config's `model_type` or `_class_name`, if `when` holds of the config.
+
+    `shapes` are pairs of a layer's pattern and a condition on its `out` and `inp` (features), such as
+    ("mid_block.attentions.{i}.transformer_blocks.{j}.attn2.to_k", "inp == 768"): they narrow families of equal names.
+    """
 
     model_types: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    when: str = ""
+    shapes: tuple[tuple[str, str], ...] = ()
+
+    def fits(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config is of this family."""
+        named = config.get("model_type") in self.model_types or config.get("_class_name") in self.classes
+        return named and expressions.holds(self.when, config)
 
 
 class Known(NamedTuple):
-    """A module path that an architecture explains, in canonical spelling."""
+    """What a family knows of a name: the canonical paths that it stands for, and their layer.
+
+    Almost always one path. Several are the parts of a weight that is fused under this name; `axis` is the index (`e`)
+    that is still open in the paths of a stack of experts.
+    """
 
     component: str
-    path: str
+    parts: tuple[str, ...]
     layer: Layer
     role: str
+    axis: str = ""
+
+    @property
+    def path(self) -> str:
+        """The canonical path, for messages; parts joined by +."""
+        return "+".join(self.parts)
+
+    def at(self, index: int) -> Known:
+        """Return one layer of a stack."""
+        return self._replace(parts=tuple(p.replace("{" + self.axis + "}", str(index)) for p in self.parts), axis="")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One model family.
 
+    like             the name of a family whose layers, rules and conventions this one has too
+    fused            which layers hold several projections, and how their rows lie
+    memory           rules (see patterns.Rule) from transformers' names in memory to canonical ones, where they differ
+    aliases          rules from any other spelling: older releases, split or fused relatives
     prefixes         leading elements that files may omit, per component: {"": ("transformer.",)}
     headless         transformers class names whose modules carry no prefix in memory (GPT2Model, BertModel)
     bare_in_memory   components whose modules never carry the prefix in memory (CLIPTextModel in transformers 5)
@@ -98,15 +84,30 @@ class Architecture:
     """
 
     name: str
-    match: Match
-    layers: tuple[Layer, ...]
-    default_targets: tuple[str, ...]
+    match: Match = Match()
+    layers: tuple[Layer, ...] = ()
+    default_targets: tuple[str, ...] = ()
+    like: str = ""
+    fused: tuple[Fused, ...] = ()
+    memory: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     headless: tuple[str, ...] = ()
     bare_in_memory: tuple[str, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     tied_by_default: bool = False
-    kohya_prefixes: Mapping[str, str] = field(default_factory=lambda: {"": "lora_te"})
+    kohya_prefixes: Mapping[str, str] = field(default_factory=dict)
+
+    def completed(self, parent: Architecture) -> Architecture:
+        """Return this family with everything that it shares with the one it is like."""
+        merged: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            mine, theirs = getattr(self, name), getattr(parent, name)
+            if name in ("layers", "fused", "memory", "aliases"):
+                merged[name] = mine + theirs
+            elif name not in ("name", "match", "like"):
+                merged[name] = mine or theirs
+        return replace(self, **merged)
 
     @cached_property
     def components(self) -> tuple[str, ...]:
@@ -117,22 +118,104 @@ class Architecture:
     def _lexicons(self) -> dict[str, Lexicon[Layer]]:
         return {c: Lexicon([(y.pattern, y) for y in self.layers if y.component == c]) for c in self.components}
 
+    @cached_property
+    def _fused(self) -> dict[str, Lexicon[tuple[Fused, ...]]]:
+        """Per component: the fused weights; several of one pattern differ in `when`."""
+        found: dict[str, dict[str, tuple[Fused, ...]]] = {c: {} for c in self.components}
+        for fused in self.fused:
+            patterns = found.setdefault(fused.component, {})
+            patterns[fused.pattern] = (*patterns.get(fused.pattern, ()), fused)
+        return {c: Lexicon(patterns.items()) for c, patterns in found.items()}
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules from other spellings, those of the names in memory first."""
+        return tuple(rule for text in (*self.memory, *self.aliases) for rule in parse_rule(text))
+
+    @cached_property
+    def _memory_rules(self) -> tuple[Rule, ...]:
+        return tuple(rule for text in self.memory for rule in parse_rule(text))
+
     def find(self, path: str, component: str | None = None) -> Known | None:
         """Return what this family knows of a dotted path, in any spelling it may have on disk or in memory."""
         for name in self.components if component is None else (component,):
-            for prefix in ("", *self.prefixes.get(name, ())):
-                found = self._lexicons[name].find(prefix + path) if name in self._lexicons else None
-                if found:
-                    return Known(name, found.path, found.value, found.value.role(found.skeleton))
+            found = self._find(name, path, _DEPTH) if name in self._lexicons else None
+            if found:
+                return found
         return None
+
+    def _find(self, component: str, path: str, depth: int) -> Known | None:
+        spellings = [path, *(prefix + path for prefix in self.prefixes.get(component, ()))]
+        for spelling in spellings:
+            found = self._canonical(component, spelling)
+            if found:
+                return found
+        for spelling in spellings if depth else ():
+            for rule in self.rules:
+                axis = "{" + rule.axis + "}"
+                parts = [part.replace(axis, _OPEN) for part in rule.apply(spelling) or ()]
+                known = [k for k in (self._find(component, part, depth - 1) for part in parts) if k]
+                if known and len(known) == len(parts):
+                    return _combined(known, rule.axis)
+        return None
+
+    def _canonical(self, component: str, path: str) -> Known | None:
+        """Return the layer whose canonical path this is; `weight[q]` and `experts[3]` are paths too."""
+        whole, bracket, inside = path.partition("[")
+        found = self._lexicons[component].find(whole)
+        if found is None:
+            return None
+        layer, role = found.value, found.value.role(found.skeleton)
+        indices = inside[:-1].split("][") if bracket else []
+        if isinstance(layer, Experts):
+            if not indices:
+                return Known(component, (path + "[{e}]",), layer, role, "e")
+            index = indices.pop(0)
+            if not index.isdecimal() and index != "{e}":
+                return None
+        if not indices:
+            return Known(component, (path,), layer, role, "e" if "[{e}]" in path else "")
+        fused = self._fused[component].find(whole)
+        if len(indices) > 1 or fused is None or not any(_has_part(f, indices[0]) for f in fused.value):
+            return None
+        return Known(component, (path,), layer, indices[0], "e" if "[{e}]" in path else "")
+
+    def layout(self, path: str, component: str, out: int, config: Mapping[str, Any]) -> dict[str, Rows]:
+        """Return which output rows of a fused weight belong to each part, `path[q]` by `path[q]`; empty if not fused.
+
+        `out` is the number of its output rows. MismatchError where the config lacks a size or they do not add up.
+        """
+        whole, bracket, inside = path.partition("[")
+        known = self._canonical(component, whole) if component in self._lexicons else None
+        if known is None or (bracket and not (known.axis and inside[:-1].isdecimal())):
+            return {}  # a part has no parts
+        found = self._fused[component].find(whole)
+        for fused in found.value if found else ():
+            if expressions.holds(fused.when, config):
+                try:
+                    rows = fused.layout.rows(out, config)
+                except MismatchError as problem:
+                    raise MismatchError(
+                        f"the layout {fused.layout.name} of {'|'.join(fused.parts)} does not work out: {problem.what}",
+                        where=path,
+                        hint="is config.json beside the base, and is this the family (--arch)?",
+                    ) from None
+                names = fused.parts if fused.layout.name != "stack" else map(str, range(len(rows)))
+                return {f"{path}[{name}]": r for name, r in zip(names, rows, strict=True)}
+        return {}
+
+    def kohya_prefix(self, component: str) -> str:
+        """Return the first element of kohya's flat names for a component."""
+        return self.kohya_prefixes.get(component, "lora_te")
 
     def unflatten(self, flat: str) -> list[Known]:
         """Return every reading of a kohya module name (`lora_unet_down_blocks_0_...`); more than one is ambiguous."""
         known = []
-        for component, start in self.kohya_prefixes.items():
+        for component in self.components:
+            start = self.kohya_prefix(component)
             if flat.startswith(start + "_"):
                 found = self._lexicons[component].unflatten(flat[len(start) + 1 :])
-                known += [Known(component, f.path, f.value, f.value.role(f.skeleton)) for f in found]
+                known += [Known(component, (f.path,), f.value, f.value.role(f.skeleton)) for f in found]
         return known
 
     def explains(self, paths: Iterable[str]) -> bool:
@@ -141,13 +224,14 @@ class Architecture:
 
     def in_memory(self, component: str, path: str, model_class: str = "") -> str:
         """Return the module path of the live transformers or diffusers model, where PEFT counts its names from."""
+        path = next((name for rule in self._memory_rules if (name := rule.invert(path)) is not None), path)
         if component in self.bare_in_memory or model_class in self.headless:
             for prefix in self.prefixes.get(component, ()):
                 if path.startswith(prefix):
                     return path[len(prefix) :]
         return path
 
-    def skeletons(self) -> Iterable[tuple[Skeleton, Layer]]:
+    def skeletons(self) -> Iterator[tuple[Skeleton, Layer]]:
         """Every layer, one choice-free skeleton at a time."""
         for lexicon in self._lexicons.values():
             yield from lexicon
@@ -160,6 +244,34 @@ class Architecture:
                 raise PluginError(f"layer {layer.pattern!r} has fewer roles than alternatives", where=self.name)
             if seen.setdefault((layer.component, skeleton.text), layer) is not layer:
                 raise PluginError(f"two layers claim {skeleton.text!r}", where=self.name)
-        for component in (*self.prefixes, *self.bare_in_memory):
+        for component in (*self.prefixes, *self.bare_in_memory, *(f.component for f in self.fused)):
             if component not in self.components:
-                raise PluginError(f"prefixes of an unknown component {component!r}", where=self.name)
+                raise PluginError(f"prefixes or parts of an unknown component {component!r}", where=self.name)
+        self._validate_rules()
+
+    def _validate_rules(self) -> None:
+        try:
+            _ = self.rules
+            for fused in self.fused:
+                for expression in (fused.when, fused.layout.groups, *fused.layout.widths):
+                    expressions.check(expression)
+            for condition in (self.match.when, *(text for _, text in self.match.shapes)):
+                expressions.check(condition)
+        except LoratoolError as problem:
+            raise PluginError(problem.what, where=self.name, hint=problem.hint) from None
+        layers = {skeleton.text for skeleton, layer in self.skeletons() if not isinstance(layer, Excluded)}
+        strangers = [k.text for lexicon in self._fused.values() for k, _ in lexicon if k.text not in layers]
+        if strangers:
+            raise PluginError(f"{strangers[0]!r} is fused and is no layer", where=self.name)
+
+
+def _has_part(fused: Fused, part: str) -> bool:
+    return part in fused.parts or (fused.layout.name == "stack" and (part.isdecimal() or part == "{e}"))
+
+
+def _combined(known: list[Known], axis: str) -> Known:
+    """Return the reading of a weight that is fused under one name out of the readings of its parts."""
+    first = known[0]
+    role = first.role if len({k.role for k in known}) == 1 else "+".join(k.role for k in known)
+    parts = tuple(p.replace(_OPEN, "{" + axis + "}") if axis else p for k in known for p in k.parts)
+    return Known(first.component, parts, first.layer, role, axis or first.axis)

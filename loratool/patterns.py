@@ -1,7 +1,10 @@
-"""The one pattern language for module paths: parse, match, expand, flatten, unflatten.
+"""The one pattern language for module paths: parse, match, expand, flatten, unflatten, and rules between spellings.
 
     model.layers.{i}.self_attn.(q_proj|k_proj)     {i} fills one whole element with an index; (a|b) is a choice
     encoder.**        *.proj                       * is one element; ** a subtree, only at the end
+    attn.c_attn[q]    experts.down_proj[{e}]       [..] is an element too: a named part of a fused weight, an expert
+
+A *rule* says that another spelling means canonical ones, `left = right` (see Rule).
 
 A pattern without choices is a *skeleton*: a tuple of path elements. Choices are expanded when a pattern is parsed,
 so matching is a comparison of tuples and needs no regular expressions (the paths come from untrusted files).
@@ -13,17 +16,33 @@ underscore was a dot: see Lexicon.unflatten.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import product
 from typing import Generic, NamedTuple, TypeVar
 
 from loratool.errors import UsageError
 
-_ELEMENT = re.compile(r"\{[a-z]\w*\}|\*\*?|[\w-]+")
+_ELEMENT = re.compile(r"\{[a-z]\w*\}|\*\*?|[\w-]+|\[(?:\w+|\{[a-z]\w*\})\]")
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")  # int() takes 007 and other scripts' digits, and fails on thousands of them
-_DIGITS = re.compile(r"(?<![^._])[0-9]{1,9}(?![^._])")  # a number that is a whole element, dotted or flattened
+_DIGITS = re.compile(r"(?<![^._[])[0-9]{1,9}(?![^._\]])")  # a number that is a whole element, dotted or flattened
 T = TypeVar("T")
+
+
+def split(path: str) -> tuple[str, ...]:
+    """Return the elements of a path: `a.b[q]` has three, a, b and [q]."""
+    return tuple((path.replace("[", ".[") if "[" in path else path).split("."))
+
+
+def join(elements: Iterable[str]) -> str:
+    """Return the path with these elements."""
+    return ".".join(elements).replace(".[", "[")
+
+
+def _variable(element: str) -> str:
+    """The name in {i} or [{i}], or nothing."""
+    inner = element.strip("[]")
+    return inner[1:-1] if inner.startswith("{") else ""
 
 
 class Skeleton(NamedTuple):
@@ -35,34 +54,47 @@ class Skeleton(NamedTuple):
     @property
     def text(self) -> str:
         """The skeleton as a dotted string, with `{i}` for indices."""
-        return ".".join(self.elements)
+        return join(self.elements)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The names of its indices, in order."""
+        return tuple(v for v in map(_variable, self.elements) if v)
 
     def match(self, path: str) -> tuple[int, ...] | None:
         """The indices that make this skeleton equal `path`, or None."""
-        return _match(self.elements, tuple(path.split(".")))
+        return _match(self.elements, split(path))
 
     def fill(self, indices: Iterable[int]) -> str:
         """Return the path with the given indices in the places of `{i}`."""
         numbers = iter(indices)
-        return ".".join(str(next(numbers)) if e.startswith("{") else e for e in self.elements)
+        return join(e.replace("{" + v + "}", str(next(numbers))) if (v := _variable(e)) else e for e in self.elements)
 
 
 @lru_cache(maxsize=4096)
 def parse(pattern: str) -> tuple[Skeleton, ...]:
     """Expand the choices of `pattern` into skeletons; raises UsageError where it is malformed."""
-    parts = re.split(r"\(([^()]*)\)", pattern)  # literal, choice, literal, choice, ..., literal
-    choices = [part.split("|") if n % 2 else [part] for n, part in enumerate(parts)]
+    choices = _choices(pattern)
     last = max((n for n in range(1, len(choices), 2)), default=None)
-    skeletons = []
-    for picked in product(*(enumerate(c) for c in choices)):
-        elements = tuple("".join(text for _, text in picked).split("."))
-        if not all(_ELEMENT.fullmatch(e) for e in elements) or "**" in elements[:-1]:
-            raise UsageError(
-                f"the pattern {pattern!r} is malformed",
-                hint="elements are names, {i}, *, or ** at the end; choices are (a|b) and do not nest",
-            )
-        skeletons.append(Skeleton(elements, picked[last][0] if last is not None else 0))
-    return tuple(skeletons)
+    return tuple(
+        Skeleton(_elements("".join(text for _, text in picked), pattern), picked[last][0] if last is not None else 0)
+        for picked in product(*(enumerate(c) for c in choices))
+    )
+
+
+def _choices(pattern: str) -> list[list[str]]:
+    """Return literal, alternatives, literal, alternatives, ..., literal; a literal is a list of one."""
+    return [p.split("|") if n % 2 else [p] for n, p in enumerate(re.split(r"\(([^()]*)\)", pattern))]
+
+
+def _elements(text: str, pattern: str) -> tuple[str, ...]:
+    elements = split(text)
+    if not all(_ELEMENT.fullmatch(e) for e in elements) or "**" in elements[:-1]:
+        raise UsageError(
+            f"the pattern {pattern!r} is malformed",
+            hint="elements are names, {i}, *, or ** at the end; choices are (a|b) and do not nest",
+        )
+    return elements
 
 
 def _match(elements: tuple[str, ...], path: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -71,7 +103,9 @@ def _match(elements: tuple[str, ...], path: tuple[str, ...]) -> tuple[int, ...] 
         return None
     indices = []
     for element, name in zip(elements, path, strict=False):
-        if element.startswith("{"):
+        if element.startswith(("{", "[{")):
+            if element[0] == "[":
+                name = name[1:-1] if name[:1] == "[" else ""  # noqa: PLW2901
             if not _INDEX.fullmatch(name):
                 return None
             indices.append(int(name))
@@ -88,8 +122,8 @@ def selects(pattern: str, path: str, component: str = "") -> bool:
     scope, _, text = pattern.rpartition(":")
     if scope and scope != component:
         return False
-    names = tuple(path.split("."))
-    return any(_ends(skeleton.elements, names) for skeleton in parse(text))
+    readings = {split(path), split(path.partition("[")[0])}  # a weight's name selects all its parts
+    return any(_ends(skeleton.elements, names) for skeleton in parse(text) for names in readings)
 
 
 def _ends(elements: tuple[str, ...], names: tuple[str, ...]) -> bool:
@@ -107,7 +141,7 @@ def flatten(path: str) -> str:
 
 def natural(path: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key that puts layer 2 before layer 10."""
-    return tuple((0, int(e), "") if _INDEX.fullmatch(e) else (1, 0, e) for e in path.split("."))
+    return tuple((0, int(i), "") if _INDEX.fullmatch(i := e.strip("[]")) else (1, 0, e) for e in split(path))
 
 
 class Found(NamedTuple, Generic[T]):
@@ -162,11 +196,97 @@ def _place(skeleton: Skeleton, numbers: list[int]) -> str | None:
     rest = iter(numbers)
     path = []
     for element in skeleton.elements:
-        if element.startswith("{"):
-            path.append(str(next(rest)))
+        if _variable(element):
+            path.append(element.replace("{" + _variable(element) + "}", str(next(rest))))
             continue
         for literal in _DIGITS.findall(flatten(element)):
             if next(rest) != int(literal):
                 return None
         path.append(element)
-    return ".".join(path)
+    return join(path)
+
+
+class Rule(NamedTuple):
+    """One choice-free reading of a rule: a foreign spelling, and the canonical parts that it stands for, in order.
+
+        model.language_model.**                = model.**                                   another prefix
+        layers.{i}.attention.(q_proj|k_proj)   = encoder.layer.{i}.attention.(query|key)    a zip of choices
+        layers.{i}.self_attn.(q_proj|k_proj)   = layers.{i}.attn.qkv[(q|k)]                 parts of one weight
+        layers.{i}.mlp.gate_up_proj            = layers.{i}.mlp.(gate_proj|up_proj)         several weights
+        layers.{i}.mlp.experts.gate_up_proj    = layers.{i}.moe.experts.{e}.(w1|w3)         a stack along e
+
+    A choice that only the right side has lists the parts of a weight that is fused on the left; an index that only the
+    right side has is the axis of a stack, and stays as `{e}` in what `apply` returns.
+    """
+
+    left: Skeleton
+    parts: tuple[Skeleton, ...]
+
+    @property
+    def axis(self) -> str:
+        """The index that only the right side has, or nothing."""
+        return next((v for v in self.parts[0].variables if v not in self.left.variables), "")
+
+    def apply(self, path: str) -> tuple[str, ...] | None:
+        """Return the canonical paths that `path` stands for, or None where the rule says nothing of it."""
+        found = _bind(self.left, path)
+        return None if found is None else tuple(_substitute(part, *found) for part in self.parts)
+
+    def invert(self, path: str) -> str | None:
+        """Return the foreign spelling of one canonical path; None where it is not one to one."""
+        if len(self.parts) > 1 or self.axis:
+            return None
+        found = _bind(self.parts[0], path)
+        return None if found is None else _substitute(self.left, *found)
+
+
+def parse_rule(text: str) -> tuple[Rule, ...]:
+    """Expand the choices of `left = right`; raises UsageError where the sides do not correspond."""
+    left, equals, right = (side.strip() for side in text.partition("="))
+    ours, theirs = _choices(left), _choices(right)
+    shared = len(ours) // 2
+    extra = len(theirs) // 2 - shared
+    if (
+        not equals
+        or extra not in (0, 1)
+        or any(len(a) != len(b) for a, b in zip(ours[1::2], theirs[1::2], strict=False))
+    ):
+        raise UsageError(
+            f"the rule {text!r} is malformed", hint="choices on both sides zip: equally many, in one order"
+        )
+    rules = []
+    for picked in product(*(range(len(c)) for c in ours[1::2])):
+        one = _pick(ours, picked)
+        many = [_pick(theirs, (*picked, n)) for n in range(len(theirs[-2]))] if extra else [_pick(theirs, picked)]
+        rule = Rule(Skeleton(_elements(one, text), 0), tuple(Skeleton(_elements(m, text), 0) for m in many))
+        unbound = set(rule.left.variables) - set(rule.parts[0].variables)
+        if unbound or len(set(rule.parts[0].variables) - set(rule.left.variables)) > 1 or "*" in rule.left.elements:
+            raise UsageError(f"the rule {text!r} is malformed", hint="each {i} of the left occurs on the right")
+        rules.append(rule)
+    return tuple(rules)
+
+
+def _pick(choices: list[list[str]], picked: tuple[int, ...]) -> str:
+    numbers = iter(picked)
+    return "".join(c[next(numbers)] if n % 2 else c[0] for n, c in enumerate(choices))
+
+
+def _bind(skeleton: Skeleton, path: str) -> tuple[dict[str, str], tuple[str, ...]] | None:
+    """Return what the indices of a skeleton are in `path`, and the elements that its ** stands for."""
+    elements = split(path)
+    indices = _match(skeleton.elements, elements)
+    if indices is None:
+        return None
+    tail = elements[len(skeleton.elements) - 1 :] if skeleton.elements[-1] == "**" else ()
+    return dict(zip(skeleton.variables, map(str, indices), strict=True)), tail
+
+
+def _substitute(skeleton: Skeleton, values: Mapping[str, str], tail: tuple[str, ...]) -> str:
+    filled: list[str] = []
+    for element in skeleton.elements:
+        variable = _variable(element)
+        if element == "**":
+            filled += tail
+        else:
+            filled.append(element.replace("{" + variable + "}", values.get(variable, "{" + variable + "}")))
+    return join(filled)

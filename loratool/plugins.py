@@ -3,9 +3,9 @@
 Every plugin of the entry-point group `loratool` is loaded on its own: one that fails is reported by name and the rest
 load. LORATOOL_PLUGINS=a,b restricts loading to those names; `-p FILE` registers one file for one call.
 
-The rule, when two architectures or formats have one name: a third-party distribution beats a built-in, and the choice
-is reported; two third parties are an error that names both. Two families that both fit a model are candidates, and a
-command fails only where they would give different output.
+The rule, when two architectures or formats have one name: a file given by hand beats a third-party distribution, that
+beats a built-in, and the choice is reported; of two third parties neither is used, and asking for that name is an
+error that names both. Which family a model is of is decided in loratool.detection.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
@@ -26,7 +26,6 @@ from loratool.adapter import Finding
 from loratool.architecture import Architecture
 from loratool.errors import LoratoolError, PluginError, UsageError
 from loratool.hookspecs import Format
-from loratool.tensors import TensorSource
 
 if TYPE_CHECKING:
     import click
@@ -57,6 +56,11 @@ class Plugins:
     manager: pluggy.PluginManager
     loaded: list[Loaded] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    owners: dict[str, str] = field(default_factory=dict)  # family -> the distribution or file that defines it
+    contested: dict[str, PluginError] = field(default_factory=dict)  # names that two third parties define
+    _files: set[str] = field(default_factory=set)
+    _families: dict[str, Architecture] = field(default_factory=dict)
+    _known: int = -1
 
     def register(self, plugin: Any, name: str, module: str, distribution: str, version: str) -> None:
         """Register one module; a hook that does not exist, or takes what the hook does not give, is an error."""
@@ -87,15 +91,28 @@ class Plugins:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             raise PluginError(f"{type(error).__name__}: {error}", where=path) from error
+        self._files.add(str(path))
         self.register(module, path.stem, str(path), str(path), "")
 
     def architectures(self) -> tuple[Architecture, ...]:
-        """Every family, after conflicts are resolved, in order of their names."""
-        return tuple(self._collect("register_architectures", Architecture).values())
+        """Every family, conflicts resolved and likenesses completed, in order of their names."""
+        if self._known != len(self.loaded):  # a plugin came since
+            declared = self._collect("register_architectures", Architecture)
+            self._families = {}
+            for name, (owner, family) in declared.items():
+                try:
+                    self._families[name] = _complete(family, {n: f for n, (_, f) in declared.items()})
+                    self.owners[name] = owner
+                except PluginError as problem:
+                    self._leave_out(owner, problem)
+            self._known = len(self.loaded)
+        return tuple(self._families.values())
 
     def architecture(self, name: str) -> Architecture:
         """The family of that name; UsageError lists what exists."""
         families = {a.name: a for a in self.architectures()}
+        if name in self.contested:
+            raise self.contested[name]
         if name not in families:
             raise UsageError(f"no family is called {name!r}", hint=f"there are {', '.join(families)}; -p FILE adds one")
         return families[name]
@@ -106,7 +123,7 @@ class Plugins:
         for name, place in FORMATS:
             module, _, attribute = place.partition(":")
             built_in[name] = BUILT_IN, getattr(import_module(module), attribute)()
-        return tuple(self._collect("register_formats", object, built_in).values())
+        return tuple(format for _, format in self._collect("register_formats", object, built_in).values())
 
     def format(self, name: str) -> Format:
         """The format of that name; UsageError lists what exists."""
@@ -126,29 +143,74 @@ class Plugins:
                 failed.append(Finding("warning", f"plugin {implementation.plugin_name}", what))
         return failed
 
-    def _collect(self, hook: str, kind: type, start: Mapping[str, tuple[str, Any]] | None = None) -> dict[str, Any]:
-        """Call a hook plugin by plugin and resolve names that occur twice by the rule above."""
+    def _collect(
+        self, hook: str, kind: type, start: Mapping[str, tuple[str, Any]] | None = None
+    ) -> dict[str, tuple[str, Any]]:
+        """Call a hook plugin by plugin and resolve names that occur twice by the rule above: name -> owner and item."""
         chosen = dict(start or {})
         for implementation in getattr(self.manager.hook, hook).get_hookimpls():
             owner = implementation.plugin_name.rpartition(":")[0]
-            for item in _checked(implementation, kind, hook):
+            try:
+                items = _checked(implementation, kind, hook)
+            except PluginError as problem:
+                self._leave_out(owner, problem)
+                continue
+            for item in items:
                 other = chosen.get(item.name)
-                if other is None or other[0] == BUILT_IN:
+                if other is None or self._beats(owner, other[0]):
                     chosen[item.name] = owner, item
-                    if other and owner != BUILT_IN:
-                        self._note(Finding("warning", item.name, f"{owner} replaces the built-in of this name"))
-                elif owner != BUILT_IN:
-                    raise PluginError(
-                        f"both {other[0]} and {owner} define {item.name!r}",
-                        hint="uninstall one, or restrict loading with LORATOOL_PLUGINS",
-                    )
-                else:
-                    self._note(Finding("warning", item.name, f"{other[0]} replaces the built-in of this name"))
-        return {name: item for name, (_, item) in sorted(chosen.items())}
+                if other is not None:
+                    self._report_conflict(item.name, owner, other[0])
+        return {n: chosen[n] for n in sorted(chosen) if n not in self.contested}
+
+    def _beats(self, one: str, other: str) -> bool:
+        """Whether a plugin's definition replaces another's: files given by hand, then third parties, then built-ins."""
+        return self._standing(one) > self._standing(other)
+
+    def _standing(self, owner: str) -> int:
+        return 2 if owner in self._files else 0 if owner == BUILT_IN else 1
+
+    def beats(self, one: str, other: str) -> bool:
+        """Whether the definer of one family goes before the definer of another."""
+        return self._beats(self.owners.get(one, BUILT_IN), self.owners.get(other, BUILT_IN))
+
+    def _report_conflict(self, name: str, one: str, other: str) -> None:
+        if self._beats(one, other) or self._beats(other, one):
+            winner, loser = (one, other) if self._beats(one, other) else (other, one)
+            what = "replaces the built-in of this name" if loser == BUILT_IN else f"replaces the one of {loser}"
+            self._note(Finding("warning", name, f"{winner} {what}"))
+            return
+        hint = "uninstall one, or restrict loading with LORATOOL_PLUGINS"
+        self.contested[name] = PluginError(f"both {other} and {one} define {name!r}", hint=hint)
+        self._note(Finding("warning", name, f"both {other} and {one} define it, so neither is used", hint))
+
+    def _leave_out(self, owner: str, problem: PluginError) -> None:
+        """Go on without what a plugin got wrong; but a file that was given by hand must work."""
+        if owner in self._files:
+            raise problem
+        hint = problem.hint or f"mend or uninstall {owner}; LORATOOL_PLUGINS=a,b loads only those named"
+        self._note(Finding("warning", f"plugin {problem.where or owner}", f"left out: {problem.what}", hint))
 
     def _note(self, finding: Finding) -> None:
         if finding not in self.findings:
             self.findings.append(finding)
+
+
+def _complete(family: Architecture, declared: Mapping[str, Architecture]) -> Architecture:
+    """Return a family with all that it shares with the one it is like, checked."""
+    trail, parent_name = [family.name], family.like
+    while family.like:
+        if family.like not in declared:
+            raise PluginError(f"is like {family.like!r}, which is not loaded", where=family.name)
+        if family.like in trail:
+            raise PluginError(f"is like itself: {' -> '.join([*trail, family.like])}", where=family.name)
+        trail.append(family.like)
+        parent = declared[family.like]
+        family = replace(family.completed(parent), like=parent.like)
+    if not family.layers:
+        raise PluginError("has no layers", where=family.name, hint="see docs/plugins.md")
+    family.validate()
+    return replace(family, like=parent_name)
 
 
 def _checked(implementation: Any, kind: type, hook: str) -> Iterable[Any]:
@@ -158,9 +220,6 @@ def _checked(implementation: Any, kind: type, hook: str) -> Iterable[Any]:
         items = implementation.function()
         if not isinstance(items, list) or not all(isinstance(i, kind) and hasattr(i, "name") for i in items):
             raise PluginError(f"{hook} must return a list of {kind.__name__}s", where=name, hint="see docs/plugins.md")
-        for item in items:
-            if isinstance(item, Architecture):
-                item.validate()
     except PluginError:
         raise
     except LoratoolError as error:  # such as a malformed pattern
@@ -194,31 +253,3 @@ def load(only: str | None = None) -> Plugins:
             what = f"not loaded: {type(error).__name__}: {error}"
             plugins.findings.append(Finding("warning", f"plugin {point.name} ({distribution})", what))
     return plugins
-
-
-class Family(NamedTuple):
-    """The architecture of a base, and how it was found."""
-
-    architecture: Architecture
-    by: str
-
-
-def family_of(base: TensorSource, plugins: Plugins, name: str = "") -> Family | None:
-    """Return the family of a base checkpoint: by `--arch`, by its config, or by its tensor names; None if unknown.
-
-    By names a family must explain every tensor of two or more dimensions.
-    """
-    if name:
-        return Family(plugins.architecture(name), "--arch")
-    config = base.config or {}
-    families = plugins.architectures()
-    for architecture in families:
-        if config.get("model_type") in architecture.match.model_types and config.get("model_type"):
-            return Family(architecture, f"model_type {config['model_type']}")
-        if config.get("_class_name") in architecture.match.classes:
-            return Family(architecture, f"class {config['_class_name']}")
-    weights = [n[: -len(".weight")] for n, r in base.tensors.items() if n.endswith(".weight") and len(r.shape) > 1]
-    fitting = [a for a in families if weights and a.explains(weights)]
-    if len(fitting) == 1:
-        return Family(fitting[0], "tensor names")
-    return None

@@ -7,12 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("errors", "dtypes", "patterns", "strictjson"),
-    ("tensors", "adapter", "architecture", "plan", "hookspecs", "ledger"),
+    ("errors", "dtypes", "patterns", "expressions", "layouts", "strictjson"),
+    ("tensors", "adapter", "layers", "architecture", "plan", "hookspecs", "ledger"),
     ("algebra",),
     ("formats", "storage"),
     ("operations", "engine"),
     ("plugins",),
+    ("detection",),
     ("api",),
     ("demo",),
     ("cli",),

@@ -81,7 +81,7 @@ class Kohya:
         left_out = differ and all(delta.scaling == 1 for _, delta in every)
         tensors: list[TensorRef] = []
         for target, delta in every:
-            module = f"{architecture.kohya_prefixes[target.component]}_{flatten(target.parts[0])}"
+            module = f"{architecture.kohya_prefix(target.component)}_{flatten(target.parts[0])}"
             tensors += [delta.down.renamed(f"{module}.lora_down.weight"), delta.up.renamed(f"{module}.lora_up.weight")]
             if not left_out:
                 tensors.append(inline_scalar(f"{module}.alpha", delta.alpha))
@@ -137,7 +137,7 @@ def _best(
     best: tuple[Architecture | None, dict[str, Target]] = (None, {})
     for architecture in architectures:
         known = {m: architecture.unflatten(m) for m in modules}
-        targets = {m: Target(k[0].component, (k[0].path,)) for m, k in known.items() if k}
+        targets = {m: Target(k[0].component, k[0].parts) for m, k in known.items() if k}
         if len(targets) > len(best[1]):
             best = architecture, targets
     family = (best[0].name,) if best[0] else ()

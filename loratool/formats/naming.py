@@ -105,12 +105,12 @@ def resolve(
         mapping = {}
         for module in modules:
             known = readings(architecture, module)
-            if len({(k.component, k.path) for k in known}) > 1:
+            if len({(k.component, k.parts) for k in known}) > 1:
                 paths = " or ".join(sorted({k.path for k in known}))
                 raise AmbiguityError(f"{module!r} can be {paths}", where=where)
             if not known:
                 break
-            mapping[module] = Target(known[0].component, (known[0].path,))
+            mapping[module] = Target(known[0].component, known[0].parts)
         else:
             found[architecture.name] = mapping
     distinct = list(found.values())

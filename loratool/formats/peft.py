@@ -209,4 +209,4 @@ def _all_conv1d(adapter: Adapter, architecture: Architecture) -> bool:
     """Whether every matrix that the adapter updates is stored as (in, out), embeddings aside."""
     known = [architecture.find(t.parts[0], t.component) for t in adapter.deltas]
     kinds = {k.layer.kind for k in known if k} - {"embedding"}
-    return kinds == {"conv1d"}
+    return kinds == {"Conv1D"}

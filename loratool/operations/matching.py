@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from loratool.adapter import Delta, Target
-from loratool.architecture import Architecture, Layer
+from loratool.architecture import Architecture
 from loratool.errors import MismatchError
+from loratool.layers import Layer
 from loratool.tensors import TensorRef, TensorSource
 
 _WEIGHT = ".weight"

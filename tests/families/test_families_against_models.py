@@ -11,8 +11,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
+from loratool.detection import family_of
 from loratool.patterns import selects
-from loratool.plugins import family_of, load
+from loratool.plugins import load
 from loratool.storage import checkpoint
 
 FIXTURES = Path(__file__).parents[2] / "../shared/fixtures"
@@ -57,7 +58,7 @@ HEADS = [
     Head("stable-diffusion", "unet", "unet", {"layers_per_block": 2, "block_out_channels": (16, 32)}),
     Head("stable-diffusion", "text_encoder", "clip", {}),
 ]
-KINDS = {"linear": torch.nn.Linear, "conv1d": Conv1D, "conv2d": torch.nn.Conv2d, "embedding": torch.nn.Embedding}
+KINDS = {"linear": torch.nn.Linear, "Conv1D": Conv1D, "conv2d": torch.nn.Conv2d, "embedding": torch.nn.Embedding}
 IDS = [" ".join([h.builder, *map(str, h.options.values())]) for h in HEADS]
 
 
@@ -119,7 +120,7 @@ def test_flat_names_come_back_to_one_module_each(head, plugins, tiny):
     model = tiny(head.builder, **head.options)
     architecture = plugins.architecture(head.family)
     paths = {architecture.find(n).path for n in matrices(model)}
-    flat = {p: architecture.kohya_prefixes[head.component] + "_" + p.replace(".", "_") for p in paths}
+    flat = {p: architecture.kohya_prefix(head.component) + "_" + p.replace(".", "_") for p in paths}
     assert len(set(flat.values())) == len(paths)  # nothing collides
     for path, name in flat.items():
         assert [(k.component, k.path) for k in architecture.unflatten(name)] == [(head.component, path)]

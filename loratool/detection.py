@@ -1,0 +1,107 @@
+"""Which family a model is of: by `--arch`, by its config, or by the names and shapes of its tensors.
+
+Detection keeps a set of candidates. Several families may share every name that a model has (Mistral has LLaMA's); that
+matters only where they would read it differently, and then the command says so and asks for `--arch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from loratool import expressions
+from loratool.adapter import Finding
+from loratool.architecture import Architecture
+from loratool.errors import AmbiguityError
+from loratool.patterns import selects
+from loratool.plugins import Plugins
+from loratool.tensors import TensorRef, TensorSource
+
+
+class Family(NamedTuple):
+    """The architecture of a base, how it was found, and what a person should know about that."""
+
+    architecture: Architecture
+    by: str
+    findings: tuple[Finding, ...] = ()
+
+
+def module_of(name: str) -> str:
+    """Return the module path of a tensor: its name less a final `.weight`; other tensors keep their full name."""
+    return name.removesuffix(".weight")
+
+
+def matrices(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what a family has to explain, by module path: weights of two or more dimensions."""
+    return {module_of(n): ref.shape for n, ref in tensors.items() if len(ref.shape) > 1 and n.endswith(".weight")}
+
+
+def family_of(base: TensorSource, plugins: Plugins, name: str = "") -> Family | None:
+    """Return the family of a base checkpoint, or None if no installed one fits.
+
+    By names a family must explain every weight of two or more dimensions, and its conditions on shapes must hold.
+    """
+    if name:
+        return Family(plugins.architecture(name), "--arch")
+    config = base.config or {}
+    weights = matrices(base.tensors)
+    kind = config.get("model_type") or config.get("_class_name")
+    named = [a for a in plugins.architectures() if config and a.match.fits(config)]
+    if named:
+        chosen, findings = _by_rank(named, plugins)
+        fitting = chosen if len(chosen) == 1 else [a for a in chosen if fits(a, weights)] or chosen
+        return Family(_agreed(fitting, weights, base.path), f"model_type {kind}", findings)
+    fitting = [a for a in plugins.architectures() if weights and fits(a, weights)]
+    if not fitting:
+        return None
+    family = _agreed(fitting, weights, base.path)
+    what = f"no family is made for {kind}; every layer fits {family.name}"
+    return Family(family, "tensor names", (Finding("info", base.path, what),) if kind else ())
+
+
+def fits(architecture: Architecture, weights: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a family explains every weight, and its conditions on shapes hold."""
+    return architecture.explains(weights) and all(
+        _shape_holds(architecture, pattern, condition, weights) for pattern, condition in architecture.match.shapes
+    )
+
+
+def _shape_holds(
+    architecture: Architecture, pattern: str, condition: str, weights: Mapping[str, tuple[int, ...]]
+) -> bool:
+    for path, shape in weights.items():
+        known = architecture.find(path)
+        if known and any(selects(pattern, part, known.component) for part in known.parts):
+            out, inp = (shape[1], shape[0]) if known.layer.transposed else shape[:2]
+            return expressions.holds(condition, {"out": out, "inp": inp})
+    return True  # the model has no such layer
+
+
+def _by_rank(named: Sequence[Architecture], plugins: Plugins) -> tuple[list[Architecture], tuple[Finding, ...]]:
+    """Apply the written rule: the more specific match wins, then a file given by hand, a third party, a built-in."""
+    specific = [a for a in named if a.match.when] or list(named)
+    best = [a for a in specific if not any(plugins.beats(b.name, a.name) for b in specific)]
+    if len(best) < len(specific):
+        losers = ", ".join(a.name for a in specific if a not in best)
+        return best, (
+            Finding("warning", best[0].name, f"chosen over the built-in {losers}, which fits the config too"),
+        )
+    return best, ()
+
+
+def _agreed(fitting: Sequence[Architecture], weights: Iterable[str], where: str) -> Architecture:
+    """Return the family that says least beyond these weights, if all candidates read them alike."""
+    ordered = sorted(fitting, key=lambda a: (sum(1 for _ in a.skeletons()), a.name))
+    readings = {a.name: [_reading(a, path) for path in weights] for a in ordered}
+    if any(reading != readings[ordered[0].name] for reading in readings.values()):
+        raise AmbiguityError(
+            f"this fits {', '.join(readings)}, which read it differently",
+            where=where,
+            hint=f"choose: --arch {ordered[0].name}",
+        )
+    return ordered[0]
+
+
+def _reading(architecture: Architecture, path: str) -> object:
+    known = architecture.find(path)
+    return known and (known.component, known.parts, known.layer.transposed)

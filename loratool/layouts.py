@@ -1,0 +1,102 @@
+"""How the output rows of a fused weight lie: which rows are q, which are k, which are v.
+
+Every layout in use is one formula. The rows come in `groups` equal groups; a group holds, one after another,
+`widths[n]` rows of each part n. So part n owns rows  g * W + offset(n) + [0, widths[n])  for every group g, with W = sum(widths).
+
+    concat            groups = 1             [q; k; v]                                   Baichuan, Phi-3, MPT
+    interleave_heads  groups = heads         [q0 k0 v0; q1 k1 v1; ...]                   BLOOM, GPT-NeoX, Falcon
+    blocks            groups = n             the same in n large blocks                  CodeGen
+    stride            groups = rows / parts  rows 0, 2, 4 ... and rows 1, 3, 5 ...       gpt-oss
+    stack             groups = 1             as many equal slabs as there are rows for    DBRX's experts
+
+Sizes are numbers or expressions over config keys (loratool.expressions), and `out`, the rows of the weight at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratool import expressions
+from loratool.errors import MismatchError
+
+Size = str | int
+Rows = tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows in `groups` groups, each with `widths[n]` rows of part n. Build one with the functions below."""
+
+    name: str
+    groups: Size
+    widths: tuple[Size, ...]
+
+    def rows(self, out: int, config: Mapping[str, Any]) -> list[Rows]:
+        """Return the rows of each part of a weight with `out` rows; MismatchError where the sizes do not add up."""
+        values = {**config, "out": out}
+        groups = expressions.size(self.groups, values)
+        widths = [expressions.size(width, values) for width in self.widths]
+        if self.name == "stack" and widths[0] > 0:
+            widths *= out // widths[0]
+        height = sum(widths)
+        if min([groups, *widths], default=0) < 1 or groups * height != out:
+            raise MismatchError(f"{groups} groups of {' + '.join(map(str, widths))} rows are not {out} rows")
+        parts: list[Rows] = []
+        for n, width in enumerate(widths):
+            offset = sum(widths[:n])
+            if width == 1:
+                parts.append((range(offset, out, height),))
+            else:
+                parts.append(tuple(range(start, start + width) for start in range(offset, out, height)))
+        return parts
+
+
+def concat(*sizes: Size, parts: int = 0) -> Layout:
+    """One block a part, of the given sizes; or `parts` blocks of equal size."""
+    return Layout("concat", 1, sizes or (f"out/{parts}",) * parts)
+
+
+def interleave_heads(groups: Size, *widths: Size) -> Layout:
+    """`groups` times (rows of q, rows of k, ...): [n_head, 3, head_dim] and its grouped-query forms."""
+    return Layout("interleave_heads", groups, widths)
+
+
+def blocks(n: int, parts: int) -> Layout:
+    """`n` large blocks, each with equal shares of all parts (CodeGen's [4, (q, v, k)])."""
+    return Layout("blocks", n, (f"out/{n * parts}",) * parts)
+
+
+def stride(parts: int) -> Layout:
+    """Every `parts`-th row: gate at 0, 2, 4 ... and up at 1, 3, 5 ... (gpt-oss)."""
+    return Layout("stride", f"out/{parts}", (1,) * parts)
+
+
+def stack(height: Size) -> Layout:
+    """Slabs of `height` rows, as many as there are, each a layer of its own: DBRX's experts in one 2-D weight."""
+    return Layout("stack", 1, (height,))
+
+
+def count(rows: Sequence[range]) -> int:
+    """Return how many rows these ranges select."""
+    return sum(len(r) for r in rows)
+
+
+def within(outer: Sequence[range], inner: Sequence[range]) -> Rows:
+    """Return the rows that `inner` selects out of the rows that `outer` selects, in the numbers of the whole weight."""
+    if not any(len(r) for r in inner):
+        return ()
+    numbers = [row for r in outer for row in r]
+    return joined(numbers[row] for r in inner for row in r)
+
+
+def joined(rows: Any) -> Rows:
+    """Return row numbers as few ranges (runs of step 1)."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][1]:
+            runs[-1][1] = row + 1
+        else:
+            runs.append([row, row + 1])
+    return tuple(range(a, b) for a, b in runs)

@@ -1,0 +1,3 @@
+"""A part of the zoo (see zoo.py)."""
+
+TINY = []
