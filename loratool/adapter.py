@@ -91,13 +91,24 @@ class Finding(NamedTuple):
     hint: str = ""
 
 
+class Stack(NamedTuple):
+    """A parameter of several matrices (experts, ., .): its path in memory, and the target of each matrix."""
+
+    parameter: str
+    targets: tuple[Target, ...]
+
+
 @dataclass(frozen=True)
 class Origin:
-    """How the adapter was spelled where it came from, so that writing the same format spells it the same way."""
+    """How the adapter was spelled where it came from, so that writing the same format spells it the same way.
+
+    `stacks` are the file's modules that hold one pair of factors for many targets, such as all experts of a layer.
+    """
 
     format: str
     path: str
     modules: Mapping[Target, str] = field(default_factory=dict)  # target -> the module's name in the file
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
     embeddings: frozenset[Target] = frozenset()  # targets that the file spells as embeddings
     config: Mapping[str, object] = field(default_factory=dict)
 
@@ -106,7 +117,7 @@ class Origin:
 class Adapter:
     """One LoRA adapter: targets and their deltas, and what else the files held.
 
-    `families` are the architectures that explain every name. `base_copies` are untouched base weights that were saved
+    `families` are the architectures that explain every name, `rivals` others that do and mean other modules. `base_copies` are untouched base weights that were saved
     along (PEFT does so for embeddings). `tensors` are all of the files, `consumed` the names of those that were read
     for their value (alphas), `skipped` those that the user's globs left out.
     `findings` is everything that reading noticed.
@@ -115,6 +126,7 @@ class Adapter:
     deltas: Mapping[Target, tuple[Delta, ...]]
     origin: Origin
     families: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
     base_copies: Mapping[Target, TensorRef] = field(default_factory=dict)
     tensors: Mapping[str, TensorRef] = field(default_factory=dict)
     consumed: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ omit (`transformer.`, `bert.`, `model.`) spelled out and listed in `prefixes`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -48,7 +49,8 @@ class Known(NamedTuple):
     """What a family knows of a name: the canonical paths that it stands for, and their layer.
 
     Almost always one path. Several are the parts of a weight that is fused under this name; `axis` is the index (`e`)
-    that is still open in the paths of a stack of experts.
+    that is still open in the paths of a stack of experts. `distance` counts how far the name is from the family's own
+    spelling (rules that were needed, a prefix that was assumed): of several readings the nearest is meant.
     """
 
     component: str
@@ -56,6 +58,7 @@ class Known(NamedTuple):
     layer: Layer
     role: str
     axis: str = ""
+    distance: int = 0
 
     @property
     def path(self) -> str:
@@ -149,7 +152,7 @@ class Architecture:
         for spelling in spellings:
             found = self._canonical(component, spelling)
             if found:
-                return found
+                return found if spelling is path else found._replace(distance=1)
         for spelling in spellings if depth else ():
             for rule in self.rules:
                 axis = "{" + rule.axis + "}"
@@ -185,12 +188,7 @@ class Architecture:
 
         `out` is the number of its output rows. MismatchError where the config lacks a size or they do not add up.
         """
-        whole, bracket, inside = path.partition("[")
-        known = self._canonical(component, whole) if component in self._lexicons else None
-        if known is None or (bracket and not (known.axis and inside[:-1].isdecimal())):
-            return {}  # a part has no parts
-        found = self._fused[component].find(whole)
-        for fused in found.value if found else ():
+        for fused in self._fused_at(path, component):
             if expressions.holds(fused.when, config):
                 try:
                     rows = fused.layout.rows(out, config)
@@ -204,6 +202,19 @@ class Architecture:
                 return {f"{path}[{name}]": r for name, r in zip(names, rows, strict=True)}
         return {}
 
+    def parts_of(self, path: str, component: str) -> tuple[str, ...]:
+        """Return the parts of a fused weight, `path[q]` and so on; empty if it is not fused."""
+        fused = next((f for f in self._fused_at(path, component) if f.layout.name != "stack"), None)
+        return tuple(f"{path}[{name}]" for name in fused.parts) if fused else ()
+
+    def _fused_at(self, path: str, component: str) -> tuple[Fused, ...]:
+        whole, bracket, inside = path.partition("[")
+        known = self._canonical(component, whole) if component in self._lexicons else None
+        if known is None or (bracket and not (known.axis and inside[:-1].isdecimal())):
+            return ()  # a part has no parts
+        found = self._fused[component].find(whole)
+        return found.value if found else ()
+
     def kohya_prefix(self, component: str) -> str:
         """Return the first element of kohya's flat names for a component."""
         return self.kohya_prefixes.get(component, "lora_te")
@@ -215,7 +226,8 @@ class Architecture:
             start = self.kohya_prefix(component)
             if flat.startswith(start + "_"):
                 found = self._lexicons[component].unflatten(flat[len(start) + 1 :])
-                known += [Known(component, (f.path,), f.value, f.value.role(f.skeleton)) for f in found]
+                far = component not in self.kohya_prefixes
+                known += [Known(component, (f.path,), f.value, f.value.role(f.skeleton), "", far) for f in found]
         return known
 
     def explains(self, paths: Iterable[str]) -> bool:
@@ -230,6 +242,13 @@ class Architecture:
                 if path.startswith(prefix):
                     return path[len(prefix) :]
         return path
+
+    def on_disk(self, name: str) -> str:
+        """Return the canonical spelling of any tensor's name, such as a norm's, by the rules for whole subtrees."""
+        found = [
+            (len(r.left.elements), new[0]) for r in self.rules if r.left.elements[-1] == "**" if (new := r.apply(name))
+        ]
+        return max(found)[1] if found else name
 
     def skeletons(self) -> Iterator[tuple[Skeleton, Layer]]:
         """Every layer, one choice-free skeleton at a time."""
@@ -265,6 +284,15 @@ class Architecture:
             raise PluginError(f"{strangers[0]!r} is fused and is no layer", where=self.name)
 
 
+def plainest(candidates: Iterable[Architecture], every: Iterable[Architecture]) -> list[Architecture]:
+    """Return families in the order in which they are meant by names that all of them explain.
+
+    First those that many others are like, then those that say least beyond.
+    """
+    likened = Counter(a.like for a in every)
+    return sorted(candidates, key=lambda a: (-likened[a.name], sum(1 for _ in a.skeletons()), a.name))
+
+
 def _has_part(fused: Fused, part: str) -> bool:
     return part in fused.parts or (fused.layout.name == "stack" and (part.isdecimal() or part == "{e}"))
 
@@ -274,4 +302,5 @@ def _combined(known: list[Known], axis: str) -> Known:
     first = known[0]
     role = first.role if len({k.role for k in known}) == 1 else "+".join(k.role for k in known)
     parts = tuple(p.replace(_OPEN, "{" + axis + "}") if axis else p for k in known for p in k.parts)
-    return Known(first.component, parts, first.layer, role, axis or first.axis)
+    distance = 1 + max(k.distance for k in known)
+    return Known(first.component, parts, first.layer, role, axis or first.axis, distance)

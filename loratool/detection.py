@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from loratool import expressions
 from loratool.adapter import Finding
-from loratool.architecture import Architecture
+from loratool.architecture import Architecture, Known, plainest
 from loratool.errors import AmbiguityError
 from loratool.patterns import selects
 from loratool.plugins import Plugins
-from loratool.tensors import TensorRef, TensorSource
+from loratool.tensors import TensorRef, TensorSource, module_of
 
 
 class Family(NamedTuple):
@@ -24,11 +24,6 @@ class Family(NamedTuple):
     architecture: Architecture
     by: str
     findings: tuple[Finding, ...] = ()
-
-
-def module_of(name: str) -> str:
-    """Return the module path of a tensor: its name less a final `.weight`; other tensors keep their full name."""
-    return name.removesuffix(".weight")
 
 
 def matrices(tensors: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
@@ -46,15 +41,16 @@ def family_of(base: TensorSource, plugins: Plugins, name: str = "") -> Family | 
     config = base.config or {}
     weights = matrices(base.tensors)
     kind = config.get("model_type") or config.get("_class_name")
-    named = [a for a in plugins.architectures() if config and a.match.fits(config)]
+    every = plugins.architectures()
+    named = [a for a in every if config and a.match.fits(config)]
     if named:
         chosen, findings = _by_rank(named, plugins)
         fitting = chosen if len(chosen) == 1 else [a for a in chosen if fits(a, weights)] or chosen
-        return Family(_agreed(fitting, weights, base.path), f"model_type {kind}", findings)
-    fitting = [a for a in plugins.architectures() if weights and fits(a, weights)]
+        return Family(_agreed(fitting, weights, base.path, every), f"model_type {kind}", findings)
+    fitting = [a for a in every if weights and fits(a, weights)]
     if not fitting:
         return None
-    family = _agreed(fitting, weights, base.path)
+    family = _agreed(fitting, weights, base.path, every)
     what = f"no family is made for {kind}; every layer fits {family.name}"
     return Family(family, "tensor names", (Finding("info", base.path, what),) if kind else ())
 
@@ -89,19 +85,26 @@ def _by_rank(named: Sequence[Architecture], plugins: Plugins) -> tuple[list[Arch
     return best, ()
 
 
-def _agreed(fitting: Sequence[Architecture], weights: Iterable[str], where: str) -> Architecture:
-    """Return the family that says least beyond these weights, if all candidates read them alike."""
-    ordered = sorted(fitting, key=lambda a: (sum(1 for _ in a.skeletons()), a.name))
-    readings = {a.name: [_reading(a, path) for path in weights] for a in ordered}
-    if any(reading != readings[ordered[0].name] for reading in readings.values()):
+def _agreed(
+    fitting: Sequence[Architecture], weights: Iterable[str], where: str, every: Sequence[Architecture]
+) -> Architecture:
+    """Return the family that is meant: of those whose spelling is nearest the plainest, if all read the file alike.
+
+    What a family calls a layer does not matter here, only how its bytes are to be taken.
+    """
+    known = {a.name: [a.find(path) for path in weights] for a in fitting}
+    distance = {name: sum(k.distance for k in found if k) for name, found in known.items()}
+    nearest = plainest([a for a in fitting if distance[a.name] == min(distance.values())], every)
+    readings = {a.name: [_taken(k) for k in known[a.name]] for a in nearest}
+    if any(reading != readings[nearest[0].name] for reading in readings.values()):
         raise AmbiguityError(
             f"this fits {', '.join(readings)}, which read it differently",
             where=where,
-            hint=f"choose: --arch {ordered[0].name}",
+            hint=f"choose: --arch {nearest[0].name}",
         )
-    return ordered[0]
+    return nearest[0]
 
 
-def _reading(architecture: Architecture, path: str) -> object:
-    known = architecture.find(path)
-    return known and (known.component, known.parts, known.layer.transposed)
+def _taken(known: Known | None) -> object:
+    """What decides how the bytes of a weight are taken."""
+    return known and (known.layer.transposed, known.layer.kind, len(known.parts), known.axis)

@@ -78,11 +78,13 @@ class Experts(Layer):
     """A stack of expert matrices in one 3-D parameter: (experts, out, in), or (experts, in, out) where transposed.
 
     The pattern is the parameter's name; `name[3]` is expert 3. `flipped_in_memory` says that transformers holds the
-    other order in memory than the file has.
+    other order in memory than the file has; `inputs`, an expression over config keys, is then the number of input
+    features, by which files that were saved in the memory's order are recognised.
     """
 
     in_out: bool = False
     flipped_in_memory: bool = False
+    inputs: str = ""
 
     kind: ClassVar[str] = "experts"
 

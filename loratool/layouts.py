@@ -85,18 +85,14 @@ def count(rows: Sequence[range]) -> int:
 
 def within(outer: Sequence[range], inner: Sequence[range]) -> Rows:
     """Return the rows that `inner` selects out of the rows that `outer` selects, in the numbers of the whole weight."""
-    if not any(len(r) for r in inner):
-        return ()
-    numbers = [row for r in outer for row in r]
-    return joined(numbers[row] for r in inner for row in r)
-
-
-def joined(rows: Any) -> Rows:
-    """Return row numbers as few ranges (runs of step 1)."""
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and row == runs[-1][1]:
-            runs[-1][1] = row + 1
-        else:
-            runs.append([row, row + 1])
-    return tuple(range(a, b) for a, b in runs)
+    found: list[range] = []
+    for wanted in inner:
+        at = 0
+        for have in outer:
+            low, high = max(wanted.start - at, 0), min(wanted.stop - at, len(have))
+            if low < high and wanted.step != 1:
+                low += -(low + at - wanted.start) % wanted.step
+            if low < high:
+                found.append(have[low : high : wanted.step])
+            at += len(have)
+    return tuple(found)

@@ -14,6 +14,7 @@ import importlib.util
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
@@ -58,6 +59,7 @@ class Plugins:
     findings: list[Finding] = field(default_factory=list)
     owners: dict[str, str] = field(default_factory=dict)  # family -> the distribution or file that defines it
     contested: dict[str, PluginError] = field(default_factory=dict)  # names that two third parties define
+    _defined: dict[tuple[str, str], Any] = field(default_factory=dict)
     _files: set[str] = field(default_factory=set)
     _families: dict[str, Architecture] = field(default_factory=dict)
     _known: int = -1
@@ -100,8 +102,11 @@ class Plugins:
             declared = self._collect("register_architectures", Architecture)
             self._families = {}
             for name, (owner, family) in declared.items():
+                own = {
+                    n: f for (o, n), f in self._defined.items() if o == owner
+                }  # a namesake elsewhere is another family
                 try:
-                    self._families[name] = _complete(family, {n: f for n, (_, f) in declared.items()})
+                    self._families[name] = _complete(family, {n: f for n, (_, f) in declared.items()} | own)
                     self.owners[name] = owner
                 except PluginError as problem:
                     self._leave_out(owner, problem)
@@ -114,7 +119,11 @@ class Plugins:
         if name in self.contested:
             raise self.contested[name]
         if name not in families:
-            raise UsageError(f"no family is called {name!r}", hint=f"there are {', '.join(families)}; -p FILE adds one")
+            near = ", ".join(get_close_matches(name, families, cutoff=0.5))
+            hint = f"did you mean {near}? " if near else ""
+            raise UsageError(
+                f"no family is called {name!r}", hint=f"{hint}`loratool arch list` shows all; -p FILE adds one"
+            )
         return families[name]
 
     def formats(self) -> tuple[Format, ...]:
@@ -156,6 +165,7 @@ class Plugins:
                 self._leave_out(owner, problem)
                 continue
             for item in items:
+                self._defined[owner, item.name] = item
                 other = chosen.get(item.name)
                 if other is None or self._beats(owner, other[0]):
                     chosen[item.name] = owner, item

@@ -6,12 +6,18 @@ reference without reading. Shapes are tuples, dtypes are safetensors names, size
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
 from loratool import dtypes
+from loratool.layouts import within
+
+
+def module_of(name: str) -> str:
+    """Return the module path of a tensor: its name less a final `.weight`; other tensors keep their full name."""
+    return name.removesuffix(".weight")
 
 
 class TensorInfo(NamedTuple):
@@ -46,17 +52,34 @@ class Inline(NamedTuple):
         return len(self.data)
 
 
+class View(NamedTuple):
+    """How a tensor follows from others where that is more than a choice of rows: it has to be read to be rearranged.
+
+    columns     the columns `ranges` of a matrix
+    transposed  the transpose of a matrix
+    joined      the rows of several matrices, one after another
+    woven       E matrices (rows, n) as one (rows, n x E), the matrix changing fastest: PEFT's stacked lora_B
+    padded      a matrix with columns of zeros behind it, up to its shape
+    """
+
+    kind: str
+    of: tuple[TensorRef, ...]
+    ranges: tuple[range, ...] = ()
+
+
 @dataclass(frozen=True)
 class TensorRef:
     """A tensor that can be read later: its name at the source, shape, dtype, and the pieces that hold its bytes.
 
-    `pieces` is empty for a tensor that a unit of a plan will compute.
+    `pieces` is empty for a tensor that a unit of a plan will compute. Where there is a `view`, the pieces are those of
+    the tensors that it rearranges.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     pieces: tuple[Span | Inline, ...] = ()
+    view: View | None = None
 
     @property
     def nbytes(self) -> int:
@@ -74,10 +97,44 @@ class TensorRef:
 
     def rows(self, start: int, stop: int) -> TensorRef:
         """Rows `start` to `stop` of the first axis, as another reference."""
+        return self if (start, stop) == (0, self.shape[0]) else self.take((range(start, stop),))
+
+    def take(self, ranges: Sequence[range]) -> TensorRef:
+        """Return the rows that `ranges` select, in that order, as another reference."""
+        shape = (sum(len(r) for r in ranges), *self.shape[1:])
+        if self.view is not None:
+            inner = self.view.of[0]
+            if self.view.kind == "columns":
+                return inner.take(ranges).columns(self.view.ranges)
+            if self.view.kind == "transposed":
+                return inner.columns(ranges).transposed()
+            raise ValueError(f"rows of a {self.view.kind} tensor")  # these are made for writing only
         row = self.nbytes // self.shape[0] if self.shape[0] else 0
-        return TensorRef(
-            self.name, (stop - start, *self.shape[1:]), self.dtype, _cut(self.pieces, start * row, stop * row)
-        )
+        runs = [run for r in ranges for run in ([r] if r.step == 1 else [range(n, n + 1) for n in r])]
+        pieces = tuple(piece for r in runs for piece in _cut(self.pieces, r.start * row, r.stop * row))
+        return TensorRef(self.name, shape, self.dtype, pieces)
+
+    def item(self, index: int) -> TensorRef:
+        """Return one slab of the first axis, which goes: expert `index` of a stack."""
+        slab = self.rows(index, index + 1)
+        return replace(slab, shape=slab.shape[1:])
+
+    def columns(self, ranges: Sequence[range]) -> TensorRef:
+        """Return the columns that `ranges` select from this matrix, in that order."""
+        if self.view is not None and self.view.kind == "transposed":
+            return self.view.of[0].take(ranges).transposed()
+        if self.view is not None and self.view.kind == "columns":
+            inner, ranges = self.view.of[0], within(self.view.ranges, ranges)
+        else:
+            inner = self
+        shape = (self.shape[0], sum(len(r) for r in ranges))
+        return TensorRef(self.name, shape, self.dtype, inner.pieces, View("columns", (inner,), tuple(ranges)))
+
+    def transposed(self) -> TensorRef:
+        """Return the transpose of this matrix."""
+        if self.view is not None and self.view.kind == "transposed":
+            return self.view.of[0]
+        return TensorRef(self.name, self.shape[::-1], self.dtype, self.pieces, View("transposed", (self,)))
 
     def panels(self, nbytes: int) -> list[tuple[int, int]]:
         """Cut the first axis into panels of about `nbytes`: (start, stop) pairs that depend on shape and dtype only.
@@ -107,6 +164,33 @@ def _cut(pieces: tuple[Span | Inline, ...], start: int, stop: int) -> tuple[Span
                 out.append(Inline(piece.data[low:high]))
         at += piece.nbytes
     return tuple(out)
+
+
+def joined(name: str, refs: Sequence[TensorRef]) -> TensorRef:
+    """Return the rows of several tensors of one dtype and row shape as one tensor."""
+    pieces = tuple(p for r in refs for p in r.pieces)
+    shape = (sum(r.shape[0] for r in refs), *refs[0].shape[1:])
+    view = View("joined", tuple(refs)) if any(r.view for r in refs) else None
+    return TensorRef(name, shape, refs[0].dtype, pieces, view)
+
+
+def woven(name: str, refs: Sequence[TensorRef]) -> TensorRef:
+    """Return E matrices (rows, n) as one (rows, n x E) whose column k x E + e is column k of matrix e."""
+    rows, columns = refs[0].shape
+    pieces = tuple(p for r in refs for p in r.pieces)
+    return TensorRef(name, (rows, columns * len(refs)), refs[0].dtype, pieces, View("woven", tuple(refs)))
+
+
+def padded(ref: TensorRef, columns: int) -> TensorRef:
+    """Return a matrix with columns of zeros behind it."""
+    if ref.shape[1] == columns:
+        return ref
+    return TensorRef(ref.name, (ref.shape[0], columns), ref.dtype, ref.pieces, View("padded", (ref,)))
+
+
+def zeros(name: str, shape: tuple[int, ...], dtype: str) -> TensorRef:
+    """Return a tensor of zeros."""
+    return TensorRef(name, shape, dtype, (Inline(bytes(prod(shape) * dtypes.itemsize(dtype))),))
 
 
 def inline_scalar(name: str, value: float) -> TensorRef:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 
 import torch
@@ -24,6 +25,16 @@ def as_factors(
     rank = down.shape[0]
     ones = (1,) * (len(down_shape) - 2)
     return up.to(dtype).reshape(-1, rank, *ones), down.to(dtype).reshape(rank, *down_shape[1:])
+
+
+def spread(up: torch.Tensor, rows: Sequence[range], out: int) -> torch.Tensor:
+    """Return up (n, r) as (out, r): its rows at the places that `rows` lists in order, zeros elsewhere."""
+    result = up.new_zeros(out, up.shape[1])
+    at = 0
+    for r in rows:
+        result[r.start : r.stop : r.step] = up[at : at + len(r)]
+        at += len(r)
+    return result
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

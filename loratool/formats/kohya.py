@@ -48,7 +48,8 @@ class Kohya:
     def read(self, source: TensorSource, architectures: tuple[Architecture, ...]) -> Adapter:
         """Read the adapter; names that no family explains become error findings."""
         modules, alphas, findings = _modules(source)
-        families, targets = resolve(modules, architectures, lambda a, m: a.unflatten(m), source.path)
+        read = resolve(modules, architectures, lambda a, m: a.unflatten(m), source.path)
+        families, targets = read.families, {m: Target(k.component, k.parts) for m, k in read.known.items()}
         if not families and modules:
             families, targets, unknown = _best(modules, architectures)
             findings += unknown
@@ -59,6 +60,7 @@ class Kohya:
             deltas=deltas,
             origin=Origin(self.name, source.path, {t: m for m, t in targets.items()}),
             families=families,
+            rivals=read.rivals,
             tensors=source.tensors,
             consumed=tuple(n for n in source.tensors if n.endswith(".alpha")),
             metadata=dict(source.metadata),

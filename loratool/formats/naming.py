@@ -5,12 +5,13 @@ A format groups its tensors into `Parts` by module; `build` turns them into delt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loratool import dtypes
 from loratool.adapter import Delta, Finding, LowRank, Target
-from loratool.architecture import Architecture, Known
+from loratool.architecture import Architecture, Known, plainest
 from loratool.errors import AmbiguityError
 from loratool.tensors import TensorRef
 
@@ -88,20 +89,31 @@ def build(
     return deltas, findings
 
 
+class Readings(NamedTuple):
+    """Who explains the names of a file: the families that agree, the plainest first, and what each module is to them.
+
+    `rivals` explain all names as well as these, and mean other modules by them.
+    """
+
+    families: tuple[str, ...] = ()
+    known: Mapping[str, Known] = {}
+    rivals: tuple[str, ...] = ()
+
+
 def resolve(
     modules: Iterable[str],
-    architectures: Iterable[Architecture],
+    architectures: Sequence[Architecture],
     readings: Callable[[Architecture, str], list[Known]],
     where: str,
-) -> tuple[tuple[str, ...], dict[str, Target]]:
-    """Return the families that explain every module, and the target that they agree on for each.
+) -> Readings:
+    """Ask every family what the modules are; nothing is found where no family explains all of them.
 
-    `readings(architecture, module)` lists what the module may be. Families that explain everything but disagree, and
-    names with two readings, are errors; where no family explains everything the mapping is empty.
+    `readings(architecture, module)` lists what the module may be; two readings in one family are an error. Of families
+    that disagree those are meant whose own spelling is nearest.
     """
     modules = list(modules)
-    found: dict[str, dict[str, Target]] = {}
-    for architecture in architectures:
+    found: dict[str, dict[str, Known]] = {}
+    for architecture in architectures if modules else ():
         mapping = {}
         for module in modules:
             known = readings(architecture, module)
@@ -110,12 +122,14 @@ def resolve(
                 raise AmbiguityError(f"{module!r} can be {paths}", where=where)
             if not known:
                 break
-            mapping[module] = Target(known[0].component, known[0].parts)
+            mapping[module] = known[0]
         else:
             found[architecture.name] = mapping
-    distinct = list(found.values())
-    if any(mapping != distinct[0] for mapping in distinct[1:]):
-        raise AmbiguityError(
-            f"the names fit {' and '.join(found)}, which read them differently", where=where, hint="choose with --arch"
-        )
-    return tuple(found), distinct[0] if distinct and modules else {}
+    if not found:
+        return Readings()
+    distances = {name: sum(k.distance for k in mapping.values()) for name, mapping in found.items()}
+    nearest = [a for a in architectures if distances.get(a.name) == min(distances.values())]
+    names = [a.name for a in plainest(nearest, architectures)]
+    targets = {name: {m: (k.component, k.parts) for m, k in found[name].items()} for name in names}
+    agreed = tuple(name for name in names if targets[name] == targets[names[0]])
+    return Readings(agreed, found[names[0]], tuple(name for name in names if name not in agreed))

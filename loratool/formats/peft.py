@@ -12,12 +12,14 @@ import json
 import re
 from collections.abc import Mapping
 
-from loratool.adapter import Adapter, Finding, Origin, Target
+from loratool.adapter import Adapter, Finding, Origin, Stack, Target
 from loratool.architecture import Architecture, Known
 from loratool.errors import MismatchError, UsageError
+from loratool.formats import peft_stacks
 from loratool.formats.naming import Parts, build, error, lasting, resolve
-from loratool.formats.peft_config import EMBEDDED, WAY_OUT, Scaling, make_config, read_config
+from loratool.formats.peft_config import EMBEDDED, WAY_OUT, Module, Scaling, make_config, read_config
 from loratool.hookspecs import Written
+from loratool.layers import Experts, Layer
 from loratool.plan import JsonFile, TensorFile
 from loratool.tensors import TensorRef, TensorSource
 
@@ -65,29 +67,36 @@ class Peft:
         raw = {m: _bare(m) for m in modules}
         if len({m.count(_WRAPPER) for m in modules}) > 1:
             findings.append(error("names", f"some start with {_WRAPPER} and some do not"))
-        families, targets = resolve(raw.values(), architectures, _readings, source.path)
+        stacks = {m: _bare(p) for m, p in peft_stacks.parameters(list(modules), config, findings).items()}
+        raw |= stacks
+        families, found, rivals = resolve(raw.values(), architectures, _readings, source.path)
         if not families and raw and all(m.startswith(_DIFFUSERS) for m in raw.values()):
             findings.append(error("names", "this is a diffusers LoRA file; that format is not supported yet", WAY_OUT))
         if not families:
-            targets = {m: Target("", (m,)) for m in raw.values()}
+            found = {m: Known("", (m,), Layer(m), "") for m in raw.values()}
+        known = {m: found[raw[m]] for m in modules}
         scaler = Scaling(config, findings)
-        by_module = {m: targets[raw[m]] for m in modules}
-        deltas, broken = build(modules, by_module, ("lora_A", "lora_B"), lambda m, rank: scaler(raw[m], rank))
+        plain = {m: parts for m, parts in modules.items() if m not in stacks}
+        by_module = {m: Target(known[m].component, known[m].parts) for m in plain}
+        deltas, broken = build(plain, by_module, ("lora_A", "lora_B"), lambda m, rank: scaler(raw[m], rank))
+        many = peft_stacks.read(modules, stacks, known, config, scaler)
         return Adapter(
-            deltas=deltas,
+            deltas={**deltas, **many.deltas},
             origin=Origin(
                 self.name,
                 source.path,
                 {t: m for m, t in by_module.items()},
+                many.stacks,
                 frozenset(t for m, t in by_module.items() if modules[m].embedding),
                 config,
             ),
             families=families,
+            rivals=rivals,
             base_copies={by_module[m]: ref for m, ref in copies.items() if m in by_module},
             tensors=source.tensors,
             metadata=dict(source.metadata),
             base_model=str(config.get("base_model_name_or_path") or ""),
-            findings=(*findings, *broken),
+            findings=(*findings, *broken, *many.findings),
         )
 
     def write(self, adapter: Adapter, architecture: Architecture | None, options: Mapping[str, str]) -> Written:
@@ -99,16 +108,25 @@ class Peft:
                 where=adapter.origin.path,
                 hint=f"convert them one by one, for example --target '{min(components)}:**'",
             )
-        modules = _module_names(adapter, architecture, options.get("model_class", ""))
+        model_class = options.get("model_class", "")
+        stacks = _stacks(adapter, architecture, model_class)
+        stacked = {t for stack in stacks.values() for t in stack.targets}
+        modules = _module_names(adapter, architecture, model_class, stacked)
         notes = _naming_notes(adapter, architecture, options)
         embeddings = _embeddings(adapter, architecture)
         tensors: list[TensorRef] = []
-        for target, deltas in adapter.deltas.items():
-            for delta in deltas:
+        told: list[Module] = []
+        for target in (t for t in adapter.deltas if t not in stacked):
+            for delta in adapter.deltas[target]:
                 a, b = _EMBEDDING_FACTORS if target in embeddings else _FACTORS
                 tensors += [delta.down.renamed(f"{modules[target]}.{a}"), delta.up.renamed(f"{modules[target]}.{b}")]
+                told.append(Module(_bare(modules[target]), delta.rank, delta.alpha, delta.scaling))
+        for module, stack in stacks.items():
+            whole, rank = peft_stacks.stacked([d for t in stack.targets for d in adapter.deltas[t]])
+            tensors += [whole.down.renamed(f"{module}.{_FACTORS[0]}"), whole.up.renamed(f"{module}.{_FACTORS[1]}")]
+            told.append(Module(stack.parameter, rank, whole.scaling * rank, whole.scaling, is_parameter=True))
         tensors += [ref.renamed(f"{modules[t]}{_BASE_COPY}") for t, ref in adapter.base_copies.items()]
-        config = make_config(adapter, {t: _bare(m) for t, m in modules.items()})
+        config = make_config(adapter, told)
         if architecture is not None:  # PEFT warns where this field is not as the layers are
             config.setdefault("fan_in_fan_out", _all_conv1d(adapter, architecture))
         metadata = {**lasting(adapter.metadata), "format": "pt"}
@@ -168,17 +186,50 @@ def _modules(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], dict[s
     return modules, copies, findings
 
 
-def _module_names(adapter: Adapter, architecture: Architecture | None, model_class: str) -> dict[Target, str]:
+def _stacks(adapter: Adapter, architecture: Architecture | None, model_class: str) -> dict[str, Stack]:
+    """The stacked modules to write: those of the file that are still whole, and those of a family's 3-D parameters."""
+    kept = {
+        m: s
+        for m, s in (adapter.origin.stacks if adapter.origin.format == "peft" else {}).items()
+        if all(t in adapter.deltas for t in s.targets)
+    }
+    done = {t for s in kept.values() for t in s.targets}
+    loose = []
+    for target in (t for t in adapter.deltas if t not in done and "[" in t.parts[0] and architecture):
+        assert architecture is not None
+        known = architecture.find(target.parts[0], target.component)
+        if known and isinstance(known.layer, Experts) and target.parts[0].count("[") == 1:
+            loose.append(target)
+    if not loose or architecture is None:
+        return kept
+    weights = {t.parts[0].partition("[")[0]: t.component for t in loose}
+    in_memory = {w: architecture.in_memory(component, w, model_class) for w, component in weights.items()}
+    made = peft_stacks.stack_of(loose, in_memory)
+    return kept | {_WRAPPER + module: stack for module, stack in made.items()}
+
+
+def _module_names(
+    adapter: Adapter, architecture: Architecture | None, model_class: str, stacked: set[Target]
+) -> dict[Target, str]:
     """The name of each module in a PEFT file, wrapper included."""
     names = {}
     for target in adapter.targets:
+        if target in stacked:
+            continue
         if adapter.origin.format == "peft" and target in adapter.origin.modules:
             names[target] = adapter.origin.modules[target]
-        elif architecture is not None and architecture.find(target.parts[0], target.component):
-            names[target] = _WRAPPER + architecture.in_memory(target.component, target.parts[0], model_class)
+        elif (
+            architecture is not None
+            and len(target.parts) == 1
+            and architecture.find(target.parts[0], target.component)
+            and "[" not in (name := architecture.in_memory(target.component, target.parts[0], model_class))
+        ):
+            names[target] = _WRAPPER + name
         else:
             raise MismatchError(
-                "no family explains this name, so its PEFT spelling is unknown",
+                "no family says how PEFT spells this"
+                if architecture is None
+                else f"{architecture.name} models have no module of their own for this, so PEFT has no name for it",
                 where=f"{adapter.origin.path}: {target}",
                 hint="loratool arch list shows the families; -p FILE adds one",
             )

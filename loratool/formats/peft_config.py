@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import sqrt
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratool import strictjson
-from loratool.adapter import Adapter, Finding, Target
+from loratool.adapter import Adapter, Finding
 from loratool.errors import FormatError
 from loratool.formats.naming import error
 from loratool.tensors import TensorSource
@@ -34,7 +34,6 @@ _UNSUPPORTED = (
     "alora_invocation_tokens",
     "trainable_token_indices",
     "layer_replication",
-    "target_parameters",
     "modules_to_save",
     "lora_bias",
     "megatron_config",
@@ -44,11 +43,12 @@ _HARMLESS = {
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
     "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern",
-    "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config", "merge_weights",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora", "velora_config", "merge_weights",
     "tuner_type",
 }  # fmt: skip
 _REPEAT = re.compile(r"\{(?:[0-9]+(?:,[0-9]*)?|,[0-9]*)\}")
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+STACKED_SINCE = "0.19.0"  # the version of PEFT since which factors of 3-D parameters lie as they do (peft_stacks)
 WAY_OUT = "this part of the PEFT format is not carried yet; it is refused so that it cannot be lost"
 
 
@@ -128,13 +128,17 @@ class Scaling:
 
     def __call__(self, module: str, rank: int) -> float:
         """Return the factor that PEFT gives a module of this rank."""
-        told = self.ranks.first(module, self.rank)
+        told = self.told(module)
         if told is not None and told != rank:
             self.findings.append(error(module, f"the config says rank {told}, the tensors have rank {rank}"))
         alpha = self.alphas.first(module, self.alpha)
         if not _is_number(alpha):
             return 1.0
         return float(alpha) / (sqrt(rank) if self.rslora else rank)
+
+    def told(self, module: str) -> Any:
+        """Return the rank that the config says a module has."""
+        return self.ranks.first(module, self.rank)
 
 
 def _is_number(value: object) -> bool:
@@ -220,14 +224,25 @@ class _Pattern:
                 self.patience = max(self.patience - spent, 0.001)
 
 
-def make_config(adapter: Adapter, modules: Mapping[Target, str]) -> dict[str, Any]:
+class Module(NamedTuple):
+    """A module or parameter as the config speaks of it: its path, and the rank and alpha that it must get."""
+
+    path: str
+    rank: int
+    alpha: float
+    scaling: float
+    is_parameter: bool = False
+
+
+def make_config(adapter: Adapter, modules: Sequence[Module]) -> dict[str, Any]:
     """Return an adapter_config.json under which PEFT gives every module exactly the delta's rank and scaling."""
     config = dict(adapter.origin.config) if adapter.origin.format == "peft" else {}
-    ranks = {modules[t]: d[0].rank for t, d in adapter.deltas.items()}
     if config and _unchanged(adapter, config, modules):
         return config
-    alphas = {modules[t]: _tidy(d[0].alpha) for t, d in adapter.deltas.items()}
+    ranks = {m.path: m.rank for m in modules}
+    alphas = {m.path: _tidy(m.alpha) for m in modules}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    parameters = sorted(m.path for m in modules if m.is_parameter)
     config.update(
         peft_type="LORA",
         base_model_name_or_path=adapter.base_model or None,
@@ -240,8 +255,13 @@ def make_config(adapter: Adapter, modules: Mapping[Target, str]) -> dict[str, An
         inference_mode=True,
         # a start value such as "gaussian" is history; a full list of names has one meaning
         init_lora_weights=True,
-        target_modules=sorted(ranks),
+        target_modules=sorted(m.path for m in modules if not m.is_parameter),
     )
+    if parameters:
+        config["target_parameters"] = parameters
+        config["peft_version"] = STACKED_SINCE  # the order in which a stack's factors are written
+    else:
+        config.pop("target_parameters", None)
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         config.pop(name, None)  # the list of names says it all
     config.setdefault("lora_dropout", 0.0)
@@ -249,13 +269,16 @@ def make_config(adapter: Adapter, modules: Mapping[Target, str]) -> dict[str, An
     return config
 
 
-def _unchanged(adapter: Adapter, config: Mapping[str, Any], modules: Mapping[Target, str]) -> bool:
+def _unchanged(adapter: Adapter, config: Mapping[str, Any], modules: Sequence[Module]) -> bool:
     """Whether the original config still gives every module its rank and scaling, over the same set of modules."""
-    if set(adapter.deltas) != set(adapter.origin.modules):
+    stacked = {t for stack in adapter.origin.stacks.values() for t in stack.targets}
+    if set(adapter.deltas) != {*adapter.origin.modules, *stacked}:
+        return False
+    if stacked and str(config.get("peft_version") or "0") < STACKED_SINCE:
         return False
     noise: list[Finding] = []
     scale = Scaling(config, noise)
-    same = all(scale(modules[t], d[0].rank) == d[0].scaling for t, d in adapter.deltas.items())
+    same = all(scale(m.path, m.rank) == m.scaling for m in modules)
     return same and not any(f.level == "error" for f in noise)
 
 

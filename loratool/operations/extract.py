@@ -19,7 +19,7 @@ from loratool.adapter import Adapter, Delta, Finding, Origin, Target
 from loratool.architecture import Architecture
 from loratool.errors import InputError, MismatchError
 from loratool.hookspecs import Format
-from loratool.operations.matching import Place, bare_name, places, tied_partner
+from loratool.operations.matching import Place, bare_name, places, resolve, tied_partner
 from loratool.operations.resize import Rule, emit_factors, settled_factors
 from loratool.operations.writing import spell
 from loratool.patterns import selects
@@ -217,11 +217,11 @@ def plan(
     chosen = _choose(pairs, target, exclude, tuned.path)
     report = Report(verb="extract", totals={"family": architecture.name})
     known = {t: new for t, (new, _) in pairs.items()}
-    for t in [t for t in chosen if tied_partner(t, tuned, architecture, known)]:
+    for t in [t for t in chosen if tied_partner(t.parts[0], t.component, tuned, architecture, known)]:
         del chosen[t]  # an adapter would change one of the two uses only; what changed is judged with the rest
         report.findings.append(Finding("info", str(t), "not extracted: its weight is tied to another layer's"))
     modules = _extract_units(chosen, rule.rank or 1, dtype, memory)
-    others += [(new.ref, old.ref) for t, (new, old) in pairs.items() if t not in chosen]
+    others += [_alike(new, old) for t, (new, old) in pairs.items() if t not in chosen]
     remaining = _rest_units(others, rest)
     report.totals["modules"] = len(modules)
     report.rows = [
@@ -271,8 +271,9 @@ def _extract_units(chosen: Pairs, rank: int, dtype: str, memory: int) -> list[Ex
     """Return a unit for each pair; those whose delta does not fit into `memory` read it in panels."""
     units = []
     for t, (new, old) in chosen.items():
-        stored = new.ref.dtype if dtype == "keep" else dtypes.from_torch_name(dtype)
-        held = ExtractModule(t, new.ref, old.ref, new.layer.transposed, rank, stored, streamed=False)
+        one, two = _alike(new, old)
+        stored = one.dtype if dtype == "keep" else dtypes.from_torch_name(dtype)
+        held = ExtractModule(t, one, two, new.transposed, rank, stored, streamed=False)
         units.append(held if held.scratch <= memory else replace(held, streamed=True))
     return units
 
@@ -291,17 +292,30 @@ def _rest_units(others: Sequence[tuple[TensorRef, TensorRef | None]], rest: str)
 def _pair(
     tuned: TensorSource, base: TensorSource, architecture: Architecture
 ) -> tuple[Pairs, list[tuple[TensorRef, TensorRef | None]]]:
-    """Pair the tensors of both checkpoints, whatever prefix each spells; raise where they do not belong together."""
+    """Pair the matrices of both checkpoints, however each spells, fuses or stacks them, and the rest by name.
+
+    Raises where they do not belong together.
+    """
     new, old = places(tuned, architecture), places(base, architecture)
-    problems = [f"{t}: only in the base" for t in old if t not in new]
-    layers = {place.ref.name for place in new.values()}
-    by_name = {bare_name(n, architecture): ref for n, ref in base.tensors.items()}
-    pairs: Pairs = {t: (new[t], old[t]) for t in new if t in old}
+    pairs: Pairs = {}
+    problems: list[str] = []
+    for target, place in new.items():
+        for one in resolve(target, old, architecture, base.config or {}):
+            mine = place if one.rows is None else place.part(one.rows, one.place.role)
+            pairs[Target(target.component, (one.path,))] = mine, one.place
+            if _shape(mine) != _shape(one.place):
+                problems.append(
+                    f"{one.path}: {list(mine.shape)} in the tuned model, {list(one.place.shape)} in the base"
+                )
+    covered = [{pair[side].tensor for pair in pairs.values()} for side in (0, 1)]
+    problems += [f"{t}: only in the base" for t, place in old.items() if place.tensor not in covered[1]]
+    by_name = {bare_name(n, architecture): ref for n, ref in base.tensors.items() if n not in covered[1]}
     others = []
     for name, ref in tuned.tensors.items():
+        if name in covered[0]:
+            continue
         other = by_name.get(bare_name(name, architecture))
-        if name not in layers or other is None:
-            others.append((ref, other))
+        others.append((ref, other))
         if other is not None and other.shape != ref.shape:
             problems.append(f"{name}: {list(ref.shape)} in the tuned model, {list(other.shape)} in the base")
     if not pairs:
@@ -316,11 +330,21 @@ def _pair(
     return pairs, others
 
 
+def _shape(place: Place) -> tuple[int, ...]:
+    """The shape of a matrix as (out, in, ...), however it is stored."""
+    return place.shape[::-1] if place.transposed else place.shape
+
+
+def _alike(new: Place, old: Place) -> tuple[TensorRef, TensorRef]:
+    """Return both matrices in the orientation in which the tuned model has them."""
+    return new.ref, old.ref if new.transposed == old.transposed else old.ref.transposed()
+
+
 def _choose(pairs: Pairs, target: Sequence[str], exclude: Sequence[str], where: str) -> Pairs:
     """Return the pairs that the user's globs select, of floating-point weights."""
 
     def hit(patterns: Sequence[str], t: Target) -> bool:
-        return any(selects(p, t.parts[0], t.component) for p in patterns)
+        return any(selects(p, part, t.component) for p in patterns for part in t.parts)
 
     for pattern in (*target, *exclude):
         if not any(hit([pattern], t) for t in pairs):
@@ -332,8 +356,8 @@ def _choose(pairs: Pairs, target: Sequence[str], exclude: Sequence[str], where: 
     }
     for t, pair in chosen.items():
         for place in pair:
-            if not dtypes.is_float(place.ref.dtype):
-                raise InputError(f"a {place.ref.dtype} weight: quantised models are not supported yet", where=str(t))
+            if not dtypes.is_float(place.stored.dtype):
+                raise InputError(f"a {place.stored.dtype} weight: quantised models are not supported yet", where=str(t))
     if not chosen:
         raise MismatchError("no module is left to extract", where=where)
     return chosen

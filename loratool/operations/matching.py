@@ -1,17 +1,23 @@
-"""What the verbs that touch a base share: which tensor of it a target means, and whether the shapes agree."""
+"""Which weights of a base a target means, and which rows of them: the one place where names meet tensors.
+
+`places` lists the matrices that a base holds, by canonical path, however the file spells, fuses or stacks them;
+`resolve` says for a target where its rows lie. merge, extract, convert and inspect all go through these two.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from loratool.adapter import Delta, Target
+from loratool import expressions
+from loratool.adapter import Delta, LowRank, Target
 from loratool.architecture import Architecture
 from loratool.errors import MismatchError
-from loratool.layers import Layer
-from loratool.tensors import TensorRef, TensorSource
+from loratool.layers import Excluded, Experts, Layer, Matrix
+from loratool.layouts import Rows, count, within
+from loratool.tensors import TensorRef, TensorSource, module_of
 
-_WEIGHT = ".weight"
 # transformers classes without a language-model head: their configs say tie_word_embeddings, yet there is nothing to tie
 _UNTIED_CLASSES = (
     "ForSequenceClassification",
@@ -22,32 +28,155 @@ _UNTIED_CLASSES = (
 )
 
 
-class Place(NamedTuple):
-    """The weight of a base that a target means."""
+@dataclass(frozen=True)
+class Place:
+    """A matrix that a base holds, or the part of a stored one that has a canonical path of its own.
 
-    ref: TensorRef
+    `stored` is the matrix as it lies in the file (one expert of a stack), `tensor` the name of the tensor it lies in
+    and `row` the row at which it begins there, all leading dimensions counted as rows. `rows` are the output rows of
+    `stored` that are meant (None: all). `transposed`: the file has (in, out).
+    """
+
+    stored: TensorRef
+    tensor: str
+    row: int
     layer: Layer
     role: str
+    transposed: bool
+    rows: Rows | None = None
+
+    @property
+    def out(self) -> int:
+        """The number of output rows that are meant."""
+        return count(self.rows) if self.rows is not None else self.stored.shape[1 if self.transposed else 0]
+
+    @property
+    def ref(self) -> TensorRef:
+        """What is meant, as the file has it: to read from, in its stored orientation."""
+        if self.rows is None:
+            return self.stored
+        return self.stored.columns(self.rows) if self.transposed else self.stored.take(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `ref`."""
+        return self.ref.shape
+
+    def part(self, rows: Rows, role: str) -> Place:
+        """Return the place of some output rows of this one."""
+        rows = rows if self.rows is None else within(self.rows, rows)
+        return Place(self.stored, self.tensor, self.row, self.layer, role, self.transposed, rows)
+
+
+class Slice(NamedTuple):
+    """Where some rows of a target lie: rows `rows` of its delta (None: all) update what `place` means."""
+
+    path: str
+    place: Place
+    rows: Rows | None = None
+
+
+Places = Mapping[Target, Place]
 
 
 def places(base: TensorSource, architecture: Architecture) -> dict[Target, Place]:
-    """Return the weights of a base that its family knows, by target; the base's own spelling is in `ref.name`."""
+    """Return the matrices of a base that its family knows, one path each; the base's own spelling is in `tensor`."""
     found: dict[Target, Place] = {}
     for name, ref in base.tensors.items():
-        known = architecture.find(name[: -len(_WEIGHT)]) if name.endswith(_WEIGHT) else None
-        if known:
-            target = Target(known.component, (known.path,))
+        if len(ref.shape) < 2:
+            continue
+        for target, place in _places_of(name, ref, architecture, base.config or {}):
             if target in found:
                 raise MismatchError(
-                    f"{found[target].ref.name} and {name} are the same layer to the {architecture.name} family",
+                    f"{found[target].tensor} and {name} are the same layer to the {architecture.name} family",
                     where=base.path,
                 )
-            found[target] = Place(ref, known.layer, known.role)
+            found[target] = place
     return found
 
 
+def _places_of(
+    name: str, ref: TensorRef, architecture: Architecture, config: Mapping[str, Any]
+) -> Iterator[tuple[Target, Place]]:
+    """Yield what one tensor holds: one matrix, the parts of a fused one, or the experts of a stack with their parts."""
+    known = architecture.find(module_of(name))
+    if known is None or isinstance(known.layer, Excluded):
+        return
+    stacked = bool(known.axis) and len(ref.shape) > 2
+    transposed = _is_transposed(known.layer, ref, stacked, config)
+    for index in range(ref.shape[0]) if stacked else (0,):
+        at = known.at(index) if known.axis else known
+        matrix = ref.item(index) if stacked else ref
+        row = index * matrix.shape[0] if stacked else 0
+        whole = Place(matrix, name, row, known.layer, known.role, transposed)
+        if len(at.parts) == 1:
+            yield Target(at.component, at.parts), whole
+            continue
+        share, rest = divmod(whole.out, len(at.parts))
+        if rest:
+            raise MismatchError(f"{whole.out} rows do not divide into {', '.join(at.parts)}", where=name)
+        for n, part in enumerate(at.parts):
+            role = architecture.find(part, at.component)
+            rows = (range(n * share, (n + 1) * share),)
+            yield Target(at.component, (part,)), whole.part(rows, role.role if role else known.role)
+
+
+def _is_transposed(layer: Layer, ref: TensorRef, stacked: bool, config: Mapping[str, Any]) -> bool:
+    """Whether the file has (in, out). A stack may have been saved in the order of the memory instead of the file's."""
+    if not isinstance(layer, Experts):
+        return False if stacked else layer.transposed  # a memory spelling of per-expert matrices: (experts, out, in)
+    if layer.flipped_in_memory and layer.inputs:
+        inputs = expressions.size(layer.inputs, config)
+        if inputs in ref.shape[1:] and ref.shape[1] != ref.shape[2]:
+            return ref.shape[1] == inputs
+    return layer.transposed
+
+
+def resolve(target: Target, known: Places, architecture: Architecture, config: Mapping[str, Any]) -> list[Slice]:
+    """Return where the rows of a target lie; empty where the base has no such module.
+
+    A part of a fused weight (`W_pack[q]`) is found inside the whole, a whole inside its parts if the base is split.
+    """
+    slices: list[Slice] = []
+    start = 0
+    for path in target.parts:
+        found = _resolve_path(target.component, path, known, architecture, config)
+        if not found:
+            return []
+        for one in found:
+            rows = one.rows if one.rows is not None else (range(one.place.out),)
+            shifted = tuple(range(r.start + start, r.stop + start, r.step) for r in rows)
+            slices.append(one._replace(rows=shifted))
+        start += sum(one.place.out for one in found)
+    whole = len(slices) == 1
+    return [slices[0]._replace(rows=None)] if whole else slices
+
+
+def _resolve_path(
+    component: str, path: str, known: Places, architecture: Architecture, config: Mapping[str, Any]
+) -> list[Slice]:
+    place = known.get(Target(component, (path,)))
+    if place is not None:
+        return [Slice(path, place)]
+    weight = path.rpartition("[")[0]
+    whole = known.get(Target(component, (weight,))) if weight else None
+    if whole is not None:  # a part of a weight that is fused in the base
+        rows = architecture.layout(weight, component, whole.out, config).get(path)
+        return [Slice(path, whole.part(rows, path[len(weight) + 1 : -1]))] if rows else []
+    parts = architecture.parts_of(path, component)
+    held = [known.get(Target(component, (part,))) for part in parts]
+    if not parts or None in held:
+        return []
+    places = [p for p in held if p is not None]  # a weight whose parts lie apart in the base
+    layout = architecture.layout(path, component, sum(p.out for p in places), config)
+    if any(count(layout[part]) != p.out for part, p in zip(parts, places, strict=True)):
+        raise MismatchError("the parts of the base are not as large as the layout says", where=path)
+    return [Slice(part, p, layout[part]) for part, p in zip(parts, places, strict=True)]
+
+
 def bare_name(name: str, architecture: Architecture) -> str:
-    """Return a tensor name less the leading element that files may omit, to compare two checkpoints."""
+    """Return a tensor name in the file's spelling, less the leading element that may be absent: to compare two files."""
+    name = architecture.on_disk(name)
     for prefixes in architecture.prefixes.values():
         for prefix in prefixes:
             if name.startswith(prefix):
@@ -55,19 +184,52 @@ def bare_name(name: str, architecture: Architecture) -> str:
     return name
 
 
-def misfit(delta: Delta, place: Place) -> str:
-    """Say how a delta does not fit a weight, or nothing. A 1x1 convolution and a linear layer fit each other."""
-    wanted, shape = place.ref.shape, delta.weight_shape(transposed=place.layer.transposed)
+def misfit(delta: Delta, slices: Sequence[Slice]) -> str:
+    """Say how a delta does not fit the weights it updates, or nothing. A 1x1 convolution and a linear layer fit."""
+    rows = sum(s.place.out for s in slices)
+    kernel = slices[0].place.stored.shape
+    wanted = (rows, kernel[0], *kernel[2:]) if slices[0].place.transposed else (rows, *kernel[1:])
+    shape = delta.weight_shape(transposed=False)
     if _squeezed(wanted) == _squeezed(shape):
         return ""
-    return f"the base's weight is {list(wanted)}, the adapter updates {list(shape)}"
+    stored, updated = (wanted[::-1], shape[::-1]) if slices[0].place.transposed else (wanted, shape)
+    return f"the base's weight is {list(stored)}, the adapter updates {list(updated)}"
+
+
+def sliced(delta: LowRank, rows: Rows | None) -> LowRank:
+    """Return the delta of some of its output rows: the same down, fewer rows of up."""
+    return delta if rows is None else LowRank(delta.down, delta.up.take(rows), delta.scaling)
+
+
+def oriented(known: Mapping[Target, Place], wanted: Mapping[Target, tuple[int, ...]]) -> dict[Target, Place]:
+    """Return places whose orientation the family does not know, turned as the (out, in) of the deltas has them.
+
+    Square weights follow what the others show; MismatchError where nothing shows it.
+    """
+    unknown = {t: p for t, p in known.items() if isinstance(p.layer, Matrix) and len(p.stored.shape) == 2}
+    clear = {t: shape for t, shape in wanted.items() if t in unknown and shape[0] != shape[1]}
+    seen = {unknown[t].stored.shape == shape[::-1] for t, shape in clear.items()}
+    turned = dict(known)
+    for target, shape in wanted.items():
+        place = unknown.get(target)
+        if place is None:
+            continue
+        if shape[0] == shape[1] and len(seen) != 1:
+            raise MismatchError(
+                "this weight is square, and nothing says whether it is stored (out, in) or (in, out)",
+                where=str(target),
+                hint="put config.json beside the base, or name the family with --arch",
+            )
+        flipped = place.stored.shape == shape[::-1] if shape[0] != shape[1] else seen == {True}
+        turned[target] = Place(place.stored, place.tensor, place.row, place.layer, place.role, flipped)
+    return turned
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if all(n == 1 for n in shape[2:]) else shape
 
 
-def tied_partner(target: Target, base: TensorSource, architecture: Architecture, known: Mapping[Target, Place]) -> str:
+def tied_partner(path: str, component: str, base: TensorSource, architecture: Architecture, known: Places) -> str:
     """Return the weight that shares its values with this one when the model is loaded, or nothing."""
     config = base.config or {}
     classes = config.get("architectures")
@@ -76,10 +238,10 @@ def tied_partner(target: Target, base: TensorSource, architecture: Architecture,
     ):
         return ""
     for group in architecture.tied:
-        if target.parts[0] not in group:
+        if path not in group:
             continue
-        others = [p for p in group if p != target.parts[0]]
-        present = [p for p in others if Target(target.component, (p,)) in known]
+        others = [p for p in group if p != path]
+        present = [p for p in others if Target(component, (p,)) in known]
         flag = config.get("tie_word_embeddings", architecture.tied_by_default)
         if flag is not False or (not present and "tie_word_embeddings" not in config):
             return others[0]

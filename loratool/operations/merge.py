@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import pairwise
 from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,19 @@ from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture
 from loratool.errors import InputError, MismatchError
-from loratool.operations.matching import Place, misfit, places, tied_partner
+from loratool.layers import Excluded, Matrix
+from loratool.layouts import Rows
+from loratool.operations.matching import (
+    Place,
+    Places,
+    Slice,
+    misfit,
+    oriented,
+    places,
+    resolve,
+    sliced,
+    tied_partner,
+)
 from loratool.plan import (
     CopiedFile,
     Emit,
@@ -46,28 +59,33 @@ TILE = 1 << 19  # bytes of weight in flight: with its fp32 sum it stays in a cor
 
 
 class Term(NamedTuple):
-    """One adapter's part in a weight: its factors, and weight times scaling."""
+    """One adapter's part in a weight: its factors, weight times scaling, and the output rows it is for (None: all)."""
 
     up: TensorRef
     down: TensorRef
     factor: float
+    into: Rows | None = None
 
 
 @dataclass(frozen=True)
 class MergePanel:
-    """Rows `start` to `stop` of one weight, plus every adapter's delta of those rows (none: only a cast)."""
+    """Rows `start` to `stop` of one matrix, plus every adapter's delta of those rows (none: only a cast).
+
+    The matrix begins at row `row` of the output: an expert of a stack does not begin at 0.
+    """
 
     weight: TensorRef
     out: Out
     terms: tuple[Term, ...]
     transposed: bool
+    row: int
     start: int
     stop: int
 
     @property
     def key(self) -> str:
         """Tensor and rows."""
-        return f"{self.out.name}[{self.start}:{self.stop}]"
+        return f"{self.out.name}[{self.row + self.start}:{self.row + self.stop}]"
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:
@@ -83,7 +101,7 @@ class MergePanel:
     def scratch(self) -> int:
         """The factors as loaded, widened and joined, and a tile as read, summed and rounded."""
         tile = max(stop - start for start, stop in self._tiles()) * prod(self.weight.shape[1:])
-        return 24 * sum(_numel(r) for t in self.terms for r in (t.up, t.down)) + 24 * tile
+        return 24 * sum(t.down.shape[0] for t in self.terms) * sum(_as_matrix(self.weight.shape)) + 24 * tile
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Read, add, round and write tile by tile."""
@@ -111,7 +129,7 @@ class MergePanel:
             rounded.copy_(tile)
             if not is_finite(rounded):
                 raise InputError(_overflow(tile, rounded, narrow), where=self.out.name)
-            emit(self.out, self.start + start, rounded)
+            emit(self.out, self.row + self.start + start, rounded)
         return {"delta": lowrank.squared_norm(left, right) if left.shape[1] else 0.0}
 
     def _tiles(self) -> list[tuple[int, int]]:
@@ -125,13 +143,15 @@ class MergePanel:
         import torch
 
         from loratool.algebra import lowrank
-        from loratool.algebra.deltas import as_matrices, is_finite
+        from loratool.algebra.deltas import as_matrices, is_finite, spread
 
         loaded = []
         for term in self.terms:
             up, down = (matrix.to(wide) for matrix in as_matrices(load(term.up), load(term.down)))
             if not (is_finite(up) and is_finite(down)):
                 raise InputError("the adapter's factors hold NaN or infinity", where=term.up.name)
+            if term.into is not None:
+                up = spread(up, term.into, self.weight.shape[1 if self.transposed else 0])
             pair = (down.T, up.T) if self.transposed else (up, down)
             loaded.append((pair[0][self.start : self.stop], pair[1], term.factor))
         if len(loaded) > 1:
@@ -193,16 +213,21 @@ def plan(
 
     `out_name` names the output when the base is a single file. `dtype` is "keep" or a name in OUTPUT_DTYPES.
     """
-    known = places(base, architecture)
+    known = _known(base, adapters, architecture)
     touched = _match(base, adapters, known, architecture)
     weights: list[TensorFile] = []
     units: list[Unit] = []
+    owners: dict[str, Touched] = {}
     for shard in base.shards:
         file, shard_units = _plan_shard(shard, shard.name if base.folder else out_name, touched, dtype)
         weights.append(file)
-        units += shard_units
+        units += [unit for unit, _ in shard_units]
+        owners |= {unit.key: owner for unit, owner in shard_units if owner}
     for adapter, _ in adapters:
-        units += [SameValues(adapter.origin.path, ref, known[t].ref) for t, ref in adapter.base_copies.items()]
+        units += [
+            SameValues(adapter.origin.path, ref, resolve(t, known, architecture, base.config or {})[0].place.ref)
+            for t, ref in adapter.base_copies.items()
+        ]
     files: tuple[OutFile, ...] = tuple(weights)
     findings = [f for a, _ in adapters for f in (*a.findings, *_other_base(a, base))]
     if base.folder:
@@ -212,29 +237,28 @@ def plan(
         verb="merge",
         totals={
             "family": architecture.name,
-            "modules": len(touched),
+            "modules": sum(map(len, touched.values())),
             "tensors": len(base.tensors),
             "bytes": sum(ref.nbytes for file in weights for ref in file.tensors),
             "dtypes": sorted({ref.dtype for file in weights for ref in file.tensors}),
         },
-        rows=[t.row for t in touched.values()],
+        rows=[t.row for blocks in touched.values() for t in blocks.values()],
         findings=findings,
         files=[f.name for f in files],
     )
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
-        squared: dict[str, float] = {}
-        for key, fact in facts.items():
-            if "delta" in fact:
-                name = key.rpartition("[")[0]
-                squared[name] = squared.get(name, 0.0) + fact["delta"]
+        squared: dict[int, float] = {}
+        for key, owner in owners.items():
+            squared[id(owner)] = squared.get(id(owner), 0.0) + facts[key]["delta"]
         if not any(squared.values()) and not allow_noop:
             raise InputError(
                 "the adapters change nothing: every update is zero",
                 hint="was the adapter trained? --allow-noop writes the unchanged model",
             )
-        for row in report.rows:
-            row["delta_norm"] = sqrt(squared.get(row["tensor"], 0.0))
+        every = (owner for blocks in touched.values() for owner in blocks.values())
+        for row, owner in zip(report.rows, every, strict=True):
+            row["delta_norm"] = sqrt(squared.get(id(owner), 0.0))
         report.totals["delta_norm"] = sqrt(sum(squared.values()))
         return Settled(report)
 
@@ -243,53 +267,61 @@ def plan(
 
 
 class Touched(NamedTuple):
-    """A weight of the base that adapters change."""
+    """A matrix of the base that adapters change."""
 
-    target: Target
     place: Place
+    targets: dict[Target, None]
     terms: list[Term]
 
     @property
     def row(self) -> dict[str, Any]:
         """What the report says of it."""
         return {
-            "module": str(self.target),
-            "tensor": self.place.ref.name,
+            "module": ", ".join(map(str, self.targets)),
+            "tensor": self.place.tensor,
             "group": self.place.layer.group,
             "role": self.place.role,
-            "shape": list(self.place.ref.shape),
+            "shape": list(self.place.stored.shape),
             "ranks": [t.down.shape[0] for t in self.terms],
         }
 
 
+#: tensor of the base -> row at which a matrix begins in it (0, but for the experts of a stack) -> what changes it
+AllTouched = dict[str, dict[int, Touched]]
+
+
+def _known(
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], architecture: Architecture
+) -> dict[Target, Place]:
+    """Return the matrices of the base; where the family does not know how they are stored, the deltas show it."""
+    known = places(base, architecture)
+    if not any(isinstance(layer, Matrix) for layer in architecture.layers):
+        return known
+    return oriented(known, {t: d.matrix_shape for a, _ in adapters for t, ds in a.deltas.items() for d in ds})
+
+
 def _match(
-    base: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    known: Mapping[Target, Place],
-    architecture: Architecture,
-) -> dict[str, Touched]:
-    """Return every touched weight by its name in the base; raise MismatchError that lists every misfit."""
-    touched: dict[str, Touched] = {}
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], known: Places, architecture: Architecture
+) -> AllTouched:
+    """Return every matrix that is touched; raise MismatchError that lists every misfit."""
+    touched: AllTouched = {}
     problems: list[str] = []
     for adapter, weight in adapters:
         for target in adapter.targets:
-            place = known.get(target)
-            if place is None:
+            slices = resolve(target, known, architecture, base.config or {})
+            if not slices:
                 problems.append(f"{target}: the base has no such module{_why_missing(target, known, architecture)}")
                 continue
-            partner = tied_partner(target, base, architecture, known)
-            if partner:
-                problems.append(
-                    f"{target}: shares its weight with {partner}; merging tied weights is not supported yet"
-                )
-            if not dtypes.is_float(place.ref.dtype):
-                problems.append(f"{target}: a {place.ref.dtype} weight; quantised bases are not supported yet")
-            entry = touched.setdefault(place.ref.name, Touched(target, place, []))
-            for delta in adapter.deltas[target]:
-                problem = misfit(delta, place)
-                if problem:
-                    problems.append(f"{target}: {problem}")
-                entry.terms.append(Term(delta.up, delta.down, weight * delta.scaling))
+            found = [problem for delta in adapter.deltas[target] if (problem := misfit(delta, slices))]
+            found += [problem for one in slices if (problem := _unmergeable(one, target, base, architecture, known))]
+            problems += [f"{target}: {problem}" for problem in found]
+            for one in slices if not found else ():
+                blocks = touched.setdefault(one.place.tensor, {})
+                entry = blocks.setdefault(one.place.row, Touched(one.place, {}, []))
+                entry.targets[target] = None
+                for delta in adapter.deltas[target]:
+                    part = sliced(delta, one.rows)
+                    entry.terms.append(Term(part.up, part.down, weight * delta.scaling, one.place.rows))
     if problems:
         names = sorted({a.base_model for a, _ in adapters if a.base_model and not _is_base(a.base_model, base.path)})
         more = [f"... and {len(problems) - 12} more"] if len(problems) > 12 else []
@@ -301,12 +333,25 @@ def _match(
     return touched
 
 
-def _why_missing(target: Target, known: Mapping[Target, Place], architecture: Architecture) -> str:
+def _unmergeable(one: Slice, target: Target, base: Checkpoint, architecture: Architecture, known: Places) -> str:
+    """Say why this weight cannot be changed, or nothing."""
+    partner = tied_partner(one.path, target.component, base, architecture, known)
+    if partner:
+        return f"shares its weight with {partner}; merging tied weights is not supported yet"
+    if not dtypes.is_float(one.place.stored.dtype):
+        return f"a {one.place.stored.dtype} weight; quantised bases are not supported yet"
+    return ""
+
+
+def _why_missing(target: Target, known: Places, architecture: Architecture) -> str:
     """Return a reason that a person can act on, or nothing."""
     components = {t.component for t in known}
     if components and target.component not in components:
         return f" (it is {min(components)}: choose with --target '{min(components)}:**')"
-    tied = [p for group in architecture.tied if target.parts[0] in group for p in group if p != target.parts[0]]
+    layers = [architecture.find(part, target.component) for part in target.parts]
+    if any(k and isinstance(k.layer, Excluded) for k in layers):
+        return f" that can carry an adapter ({next(k.layer.group for k in layers if k)})"
+    tied = [p for path in target.parts for group in architecture.tied if path in group for p in group if p != path]
     return f" (it is tied to {tied[0]})" if any(Target(target.component, (p,)) in known for p in tied) else ""
 
 
@@ -322,24 +367,43 @@ def _other_base(adapter: Adapter, base: Checkpoint) -> list[Finding]:
     return [Finding("warning", adapter.origin.path, what)]
 
 
-def _plan_shard(shard: Shard, name: str, touched: Mapping[str, Touched], dtype: str) -> tuple[TensorFile, list[Unit]]:
-    """Return a shard of the output and the units that fill it."""
+def _plan_shard(
+    shard: Shard, name: str, touched: AllTouched, dtype: str
+) -> tuple[TensorFile, list[tuple[MergePanel, Touched | None]]]:
+    """Return a shard of the output and the units that fill it, each with the matrix that it changes."""
     refs: list[TensorRef] = []
-    units: list[Unit] = []
+    units: list[tuple[MergePanel, Touched | None]] = []
     for ref in shard.header.tensors:
         wanted = dtypes.from_torch_name(dtype) if dtype != "keep" and dtypes.is_float(ref.dtype) else ref.dtype
-        mine = touched.get(ref.name)
-        if mine is None and wanted == ref.dtype:
+        blocks = touched.get(ref.name, {})
+        if not blocks and wanted == ref.dtype:
             refs.append(ref)
             continue
         refs.append(replace(ref, dtype=wanted, pieces=()))
-        weight = ref if len(ref.shape) > 1 else replace(ref, shape=(1, prod(ref.shape)))  # a vector is one row
-        out = Out(name, ref.name, weight.shape, wanted)
-        terms = tuple(mine.terms) if mine else ()
-        transposed = mine.place.layer.transposed if mine else False
-        units += [MergePanel(weight, out, terms, transposed, a, b) for a, b in weight.panels(PANEL)]
+        units += _panels(ref, name, wanted, blocks)
     same = all(new.dtype == old.dtype for new, old in zip(refs, shard.header.tensors, strict=True))
     return TensorFile(name, tuple(refs), shard.header.metadata, shard.header.raw if same else None), units
+
+
+def _panels(
+    ref: TensorRef, file: str, dtype: str, blocks: Mapping[int, Touched]
+) -> list[tuple[MergePanel, Touched | None]]:
+    """Cut a tensor into units: each matrix that is touched, and the rows between them."""
+    if len(ref.shape) < 2:  # a vector is one row
+        flat = replace(ref, shape=(1, prod(ref.shape)))
+    else:  # the experts of a stack lie one below the other
+        stored = next((t.place.stored for t in blocks.values()), ref)
+        flat = replace(ref, shape=(prod(ref.shape[: 1 - len(stored.shape) or None]), *stored.shape[1:]))
+    out = Out(file, ref.name, flat.shape, dtype)
+    ends = {row: row + t.place.stored.shape[0] for row, t in blocks.items()}
+    units: list[tuple[MergePanel, Touched | None]] = []
+    for start, stop in pairwise(sorted({0, flat.shape[0], *ends, *ends.values()})):
+        mine = blocks.get(start)
+        matrix = flat.rows(start, stop)
+        terms = tuple(mine.terms) if mine else ()
+        transposed = mine.place.transposed if mine else False
+        units += [(MergePanel(matrix, out, terms, transposed, start, a, b), mine) for a, b in matrix.panels(PANEL)]
+    return units
 
 
 def _companion_files(
@@ -387,5 +451,5 @@ def _digest(tensor: torch.Tensor) -> bytes:
     return sha256(tensor.contiguous().numpy(force=True).tobytes()).digest()
 
 
-def _numel(ref: TensorRef) -> int:
-    return prod(ref.shape)
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], prod(shape[1:])

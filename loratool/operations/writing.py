@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from loratool.adapter import Adapter, Finding
 from loratool.architecture import Architecture
-from loratool.errors import InputError
+from loratool.errors import AmbiguityError, InputError
 from loratool.hookspecs import Format
 from loratool.plan import OutFile, Report
 
@@ -24,6 +24,13 @@ def spell(
 
     The report learns the files and what the format has to say about them.
     """
+    if adapter.rivals and format.name != adapter.origin.format:
+        raise AmbiguityError(
+            f"the names fit {' and '.join([adapter.families[0], *adapter.rivals])}, which spell them differently in "
+            f"{format.name}",
+            where=adapter.origin.path,
+            hint=f"choose: --arch {adapter.families[0]}",
+        )
     written = format.write(adapter, architecture, options)
     if written.losses and not drop_unmapped:
         raise InputError(

@@ -15,20 +15,25 @@ import torch
 from loratool import dtypes
 from loratool.errors import StorageError
 from loratool.storage.descriptor import Descriptor
-from loratool.tensors import Inline, TensorRef
+from loratool.tensors import Inline, TensorRef, View
 
 
 class Loader:
     """Reads references onto one device. Use as a context manager; callable as the `load` of plan.Unit."""
 
+    KEPT = 64 << 20  # bytes of a tensor that stays in memory while columns of it are wanted one after another
+
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
         self._files: dict[str, Descriptor] = {}
         self._closed = False
+        self._kept: dict[object, torch.Tensor] = {}
         self._lock = threading.Lock()
 
     def __call__(self, ref: TensorRef, into: torch.Tensor | None = None) -> torch.Tensor:
         """Read a tensor in its stored dtype and shape, into the contiguous CPU tensor `into` where one is given."""
+        if ref.view is not None:
+            return self._rearranged(ref, ref.view, into)
         dtype = getattr(torch, dtypes.torch_name(ref.dtype))
         tensor = torch.empty(ref.shape, dtype=dtype) if into is None else into
         if ref.nbytes:
@@ -41,6 +46,36 @@ class Loader:
                     self._read(piece.path, piece.offset, view[at : at + piece.nbytes])
                 at += piece.nbytes
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+    def _rearranged(self, ref: TensorRef, view: View, into: torch.Tensor | None) -> torch.Tensor:
+        """Read what a view is of, and arrange it."""
+        match view.kind:
+            case "joined":
+                result = torch.cat([self(part) for part in view.of])
+            case "woven":
+                result = torch.stack([self(part) for part in view.of], dim=-1).flatten(1)
+            case "padded":
+                result = torch.nn.functional.pad(self(view.of[0]), (0, ref.shape[1] - view.of[0].shape[1]))
+            case "transposed":
+                result = self._whole(view.of[0]).T
+            case _:
+                whole = self._whole(view.of[0])
+                result = torch.cat([whole[:, r.start : r.stop : r.step] for r in view.ranges], dim=1)
+        return result.contiguous() if into is None else into.copy_(result)
+
+    def _whole(self, ref: TensorRef) -> torch.Tensor:
+        """Read a tensor and keep it for a while: the experts of a stack are columns of one."""
+        key = (ref.pieces, ref.shape) if ref.view is None and ref.nbytes <= self.KEPT else None
+        with self._lock:
+            found = self._kept.get(key) if key else None
+        if found is None:
+            found = self(ref)
+            if key:
+                with self._lock:
+                    while len(self._kept) >= 4:  # workers may be at different tensors
+                        self._kept.pop(next(iter(self._kept)))
+                    self._kept[key] = found
+        return found
 
     def _read(self, path: str, offset: int, view: memoryview) -> None:
         with self._lock:
@@ -64,6 +99,7 @@ class Loader:
         with self._lock:
             self._closed = True  # a worker that comes late must not open files that nobody will close
             self._files.clear()
+            self._kept.clear()
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -35,7 +35,7 @@ class Staging:
         self.root = out.parent / f".{out.name}.loratool-{digest[:16]}"
         self.payload = self.root / "payload"
         self.done: dict[str, Facts] = {}
-        self._places: dict[tuple[str, str], tuple[int, int]] = {}  # (file, tensor) -> (offset, bytes a row)
+        self._places: dict[tuple[str, str], int] = {}  # (file, tensor) -> offset
         self._spool: dict[str, tuple[int, str]] = {}  # name -> (offset, dtype)
         self._files: dict[str, Descriptor] = {}  # by name in the payload; the spool is ""
         self._whole: dict[str, int] = {}  # what the journal calls prepared, below the staging folder -> its size
@@ -203,14 +203,21 @@ class Staging:
             self._behind.write(fd, header, 0)
         places = safetensors.offsets(header, infos)
         for ref in file.tensors:
-            row = ref.nbytes // ref.shape[0] if ref.shape and ref.shape[0] else ref.nbytes
-            self._places[file.name, ref.name] = places[ref.name], row
+            self._places[file.name, ref.name] = places[ref.name]
         if not resumed:
             self._fill(self._files[file.name].number, file.tensors, places)
             self._note_whole(f"payload/{file.name}", size)
 
     def _fill(self, fd: int, refs: Sequence[TensorRef], places: Mapping[str, int]) -> None:
-        """Write every byte of a file that needs no computing."""
+        """Write every byte of a file that needs no computing (a view has to be read and rearranged)."""
+        views = [ref for ref in refs if ref.view]
+        if views:
+            from loratool.storage.load import Loader, as_bytes  # imports torch, which a copy does not need
+
+            with Loader() as load:
+                for ref in views:
+                    self._behind.write(fd, as_bytes(load(ref)), places[ref.name])
+        refs = [ref for ref in refs if not ref.view]
         for ref in refs:
             at = places[ref.name]
             for piece in ref.pieces:
@@ -231,7 +238,7 @@ class Staging:
         """Reserve room in the spool for outputs whose rank is settled later."""
         at = 0
         for out in outs:
-            self._places["", out.name] = at, _room(out) // out.shape[0]
+            self._places["", out.name] = at
             self._spool[out.name] = at, out.dtype
             at += _room(out)
         self._files[""] = Descriptor(self.root / "spool", os.O_RDWR | os.O_CREAT)
@@ -242,7 +249,8 @@ class Staging:
 
     def write(self, out: Out, row: int, data: memoryview) -> None:
         """Write rows of a tensor from `row` on. Spooled tensors are written whole, at their final shape."""
-        offset, row_bytes = self._places[out.file, out.name]
+        offset = self._places[out.file, out.name]
+        row_bytes = TensorRef("", out.shape[1:], out.dtype).nbytes
         file = self._files[out.file]  # held while it is written: an interrupted run lets go of its files meanwhile
         self._behind.write(file.number, data, offset + row * row_bytes)
 

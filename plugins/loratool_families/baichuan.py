@@ -1,11 +1,16 @@
-"""Baichuan 1 (remote code: modeling_baichuan.py): LLaMA's names, but q, k and v are one weight."""
+"""Baichuan 1, 7B and 13B (remote code: modeling_baichuan.py): LLaMA's names, but q, k and v are one weight.
+
+Baichuan 2 has the same names and model_type; the vocabulary tells them apart (64000 entries here, 125696 there).
+"""
 
 from loratool import Architecture, Embedding, Fused, Linear, Match, concat, hookimpl
 
 _ATTENTION = "model.layers.{i}.self_attn"
 BAICHUAN = Architecture(
     name="baichuan",
-    match=Match(model_types=("baichuan",), when="vocab_size != 125696"),
+    match=Match(
+        model_types=("baichuan",), when="vocab_size < 125696", shapes=(("model.embed_tokens", "inp < 125696"),)
+    ),
     layers=(
         Embedding("model.embed_tokens", group="embedding"),
         Linear(f"{_ATTENTION}.(W_pack|o_proj)", group="attention", roles=("qkv", "o")),
@@ -16,6 +21,8 @@ BAICHUAN = Architecture(
     fused=(Fused(f"{_ATTENTION}.W_pack", parts=("q", "k", "v"), layout=concat(parts=3)),),
     aliases=(f"{_ATTENTION}.(q_proj|k_proj|v_proj) = {_ATTENTION}.W_pack[(q|k|v)]",),  # after llamafying
     prefixes={"": ("model.",)},
+    headless=("BaichuanModel",),
+    tied=(("model.embed_tokens", "lm_head"),),
 )
 
 

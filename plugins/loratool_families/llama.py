@@ -1,22 +1,22 @@
-"""LLaMA 1-3, Mistral, Yi, and every checkpoint with their names (transformers: models/llama, models/mistral)."""
+"""LLaMA 1-3, and every checkpoint with their names (transformers: models/llama)."""
 
 from loratool import Architecture, Embedding, Linear, Match, hookimpl
 
 LLAMA = Architecture(
     name="llama",
-    match=Match(model_types=("llama", "mistral", "yi")),
+    match=Match(model_types=("llama", "cwm", "helium", "hyperclovax")),
     layers=(
         Embedding("model.embed_tokens", group="embedding"),
         Linear(
             "model.layers.{i}.self_attn.(q_proj|k_proj|v_proj|o_proj)", group="attention", roles=("q", "k", "v", "o")
         ),
         Linear("model.layers.{i}.mlp.(gate_proj|up_proj|down_proj)", group="mlp", roles=("gate", "up", "down")),
-        Linear("lm_head", group="head"),
-        Linear("score", group="head"),
+        Linear("(lm_head|score)", group="head"),
     ),
     default_targets=("q_proj", "v_proj"),
+    aliases=("transformer.** = model.**",),  # as LlamaForQuestionAnswering calls the model
     prefixes={"": ("model.",)},
-    headless=("LlamaModel", "MistralModel"),
+    headless=("LlamaModel", "CwmModel", "HeliumModel", "HyperCLOVAXModel"),
     tied=(("model.embed_tokens", "lm_head"),),
 )
 

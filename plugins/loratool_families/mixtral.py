@@ -1,6 +1,7 @@
 """Mixtral (transformers: models/mixtral): LLaMA's attention, and a file with one set of matrices an expert.
 
-transformers 5 stacks the experts in memory: gate_up_proj (experts, 2 x inter, hidden) holds w1 above w3.
+transformers 5 stacks the experts in memory: gate_up_proj (experts, 2 x inter, hidden) holds w1 above w3. Files that it
+saves with save_original_format=False have that form too.
 """
 
 from loratool import Architecture, Linear, Match, hookimpl
@@ -13,6 +14,7 @@ MIXTRAL = Architecture(
     layers=(
         Linear(f"{_MOE}.experts.{{e}}.(w1|w3|w2)", group="experts", roles=("gate", "up", "down")),
         Linear(f"{_MOE}.gate", group="router", roles=("router",)),
+        Linear("qa_outputs", group="head"),
     ),
     default_targets=("q_proj", "v_proj"),
     memory=(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.api import open_adapter
-from loratool.errors import FormatError, InputError, UsageError
+from loratool.errors import AmbiguityError, FormatError, InputError, UsageError
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "down_proj", "lm_head"],
@@ -191,12 +191,24 @@ def test_the_factors_keep_their_dtype_and_bytes(dtype, write, tmp_path):
             assert torch.equal(again[name], tensor)
 
 
+# a PEFT folder does not say which Stable Diffusion its text encoder is of, and kohya's names depend on it
+FAMILIES = {"clip": "stable-diffusion"}
+
+
+def test_a_text_encoder_of_unknown_family_is_not_guessed(tiny, adapter_folder, tmp_path):
+    _, folder = adapter_folder(tiny("clip"), target_modules=["q_proj"], r=2)
+    with pytest.raises(AmbiguityError, match=r"stable-diffusion.*stable-diffusion-xl"):
+        loratool.convert(folder, tmp_path / "k.safetensors", to="kohya")
+    assert loratool.inspect(folder).totals["modules"] == 2  # what does not depend on it works
+
+
 @pytest.mark.parametrize("kind", TARGETS)
 def test_peft_to_kohya_and_back_is_exact(kind, tiny, adapter_folder, tmp_path):
     live, folder = adapter_folder(tiny(kind), target_modules=TARGETS[kind], r=5, lora_alpha=7)
     drop = {"drop_unmapped": True} if kind == "llama" else {}  # PEFT saved the base's lm_head along: kohya holds none
-    loratool.convert(folder, tmp_path / "k.safetensors", to="kohya", **drop)
-    loratool.convert(tmp_path / "k.safetensors", tmp_path / "back", to="peft")
+    family = FAMILIES.get(kind, "")
+    loratool.convert(folder, tmp_path / "k.safetensors", to="kohya", arch=family, **drop)
+    loratool.convert(tmp_path / "k.safetensors", tmp_path / "back", to="peft", arch=family)
     before = load_file(folder / "adapter_model.safetensors")
     before = {n: t for n, t in before.items() if "base_layer" not in n}
     after = load_file(tmp_path / "back/adapter_model.safetensors")

@@ -321,7 +321,7 @@ def test_half_a_pair_is_named(llama, tmp_path):
         loratool.merge(base, [folder], tmp_path / "m")
 
 
-def test_names_that_two_families_read_differently_are_refused(tmp_path):
+def test_names_that_two_families_read_differently_have_rivals(tmp_path):
     from loratool import Architecture, Linear, Match
     from loratool.formats.peft import Peft
     from loratool.storage import checkpoint
@@ -335,8 +335,8 @@ def test_names_that_two_families_read_differently_are_refused(tmp_path):
         for n, p in (("one", "a"), ("two", "b"))
     )
     source = checkpoint.open_adapter(str(tmp_path))
-    with pytest.raises(AmbiguityError, match="one and two"):
-        Peft().read(source, families)
+    read = Peft().read(source, families)
+    assert (read.families, read.rivals) == (("one",), ("two",))
     assert {t.path for t in Peft().read(source, families[:1]).deltas} == {"a.h.0.proj"}
 
 

@@ -31,10 +31,6 @@ MADE_BY_PEFT = {
     "pissa": (lambda: lora(init_lora_weights="pissa"), ["init_lora_weights", "pissa"]),
     "pissa_niter": (lambda: lora(init_lora_weights="pissa_niter_4"), ["init_lora_weights", "pissa_niter_4"]),
     "olora": (lambda: lora(init_lora_weights="olora"), ["init_lora_weights", "olora"]),
-    "target_parameters": (
-        lambda: lora(target_parameters=["self_attn.k_proj.weight"]),
-        ["target_parameters"],
-    ),
     "layer_replication": (lambda: lora(layer_replication=[(0, 2), (1, 2)]), ["layer_replication"]),
     "adalora": (lambda: peft.AdaLoraConfig(target_modules=Q, total_step=10, tinit=1, tfinal=1), ["ADALORA", "lora_E"]),
     "loha": (lambda: peft.LoHaConfig(target_modules=Q, r=2), ["LOHA", "hada_"]),

@@ -36,7 +36,7 @@ def test_a_kohya_text_encoder_file_gives_equal_states_in_diffusers(tiny, adapter
     live, folder = adapter_folder(
         tiny("clip"), target_modules=["q_proj", "v_proj", "out_proj", "fc1"], r=4, lora_alpha=3
     )
-    loratool.convert(folder, tmp_path / "k.safetensors", to="kohya")
+    loratool.convert(folder, tmp_path / "k.safetensors", to="kohya", arch="stable-diffusion")
     state, alphas = Loader.lora_state_dict(tmp_path, weight_name="k.safetensors", local_files_only=True)
     encoder = tiny("clip")
     Loader.load_lora_into_text_encoder(state, alphas, encoder, prefix="text_encoder")

@@ -1,0 +1,193 @@
+"""PEFT's target_parameters: LoRA on a 3-D parameter, such as the stacked experts of transformers 5.
+
+One pair of factors serves E matrices at once. lora_A is (E x r, in) with the rows of expert e together; lora_B is
+(out, r x E) with the experts fastest, column k x E + e. The update of expert e is scaling * B_e @ A_e, where scaling
+uses r, not E x r. The key names the module that owns the parameter; several parameters of one module are nested, the
+first in order of registration innermost (`experts.base_layer.lora_A` before `experts.lora_A`).
+
+PEFT 0.17 and 0.18 took every parameter as (experts, in, out); since 0.19 one that is (experts, out, in) is taken as
+that. An older adapter of such a parameter has A (E x r, out) and B (in, r x E), and its update is the transpose of
+B_e @ A_e. The files look alike: peft_version tells them apart, else the shapes of two parameters of one module do.
+Source: peft/tuners/lora/layer.py: ParamWrapper (0.21.2, and its change in pull request 3083).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from loratool.adapter import Delta, Finding, LowRank, Stack, Target
+from loratool.architecture import Known
+from loratool.formats.naming import Parts, error, shape_problem
+from loratool.formats.peft_config import Scaling
+from loratool.layers import Experts
+from loratool.tensors import TensorRef, joined, padded, woven, zeros
+
+_NESTED = ".base_layer"
+
+
+def parameters(modules: Sequence[str], config: Mapping[str, Any], findings: list[Finding]) -> dict[str, str]:
+    """Return the path of the parameter that each stacked module of the file is for; the others are left out."""
+    wanted = [name for name in config.get("target_parameters") or () if not name.endswith(".weight")]
+    owners: dict[str, list[str]] = {}
+    for module in modules:
+        owners.setdefault(module.replace(_NESTED, ""), []).append(module)
+    found: dict[str, str] = {}
+    for owner, nested in owners.items():
+        names = sorted({p.rpartition(".")[2] for p in wanted if _owns(owner, p)}, key=_registration)
+        if not names:
+            continue
+        if len(names) != len(nested):
+            what = f"{len(nested)} pairs of factors for the parameters {', '.join(names)}"
+            findings.append(error(owner, what, "target_parameters of adapter_config.json does not fit the file"))
+            continue
+        innermost_first = sorted(nested, key=lambda m: -m.count(_NESTED))
+        found |= {module: f"{owner}.{name}" for module, name in zip(innermost_first, names, strict=True)}
+    return found
+
+
+def _owns(owner: str, parameter: str) -> bool:
+    """Whether a parameter, spelled as in target_parameters, is one of this module's: PEFT compares ends of paths."""
+    of = parameter.rpartition(".")[0]
+    return not of or owner == of or owner.endswith("." + of)
+
+
+def _registration(name: str) -> tuple[bool, str]:
+    """Order parameters as expert classes register them: what leads in before what leads out."""
+    return bool(re.search("down|out|w2|fc2", name)), name
+
+
+class Stacks(NamedTuple):
+    """What the stacked modules of a file come to."""
+
+    deltas: dict[Target, tuple[Delta, ...]]
+    stacks: dict[str, Stack]
+    findings: list[Finding]
+
+
+def read(
+    modules: Mapping[str, Parts],
+    paths: Mapping[str, str],
+    known: Mapping[str, Known],
+    config: Mapping[str, Any],
+    scaling: Scaling,
+) -> Stacks:
+    """Return the delta of every matrix of every stacked module; `paths` are those of their parameters."""
+    result = Stacks({}, {}, [])
+    sound: dict[str, Parts] = {}
+    for module in paths:
+        problem = _problem(modules[module], known[module], scaling.told(paths[module]))
+        if problem:
+            result.findings.append(error(module, problem))
+        else:
+            sound[module] = modules[module]
+    old, findings = swapped(sound, paths, known, config)
+    result.findings.extend(findings)
+    for module, parts in sound.items():
+        rank = int(scaling.told(paths[module]))
+        deltas = split(parts, rank, scaling(paths[module], rank), old=old[module])
+        each = [known[module].at(e) for e in range(len(deltas))]
+        targets = tuple(Target(k.component, k.parts) for k in each)
+        result.deltas.update({t: (d,) for t, d in zip(targets, deltas, strict=True)})
+        result.stacks[module] = Stack(paths[module], targets)
+    return result
+
+
+def _problem(parts: Parts, known: Known, rank: Any) -> str:
+    """Say why a stacked module cannot be used, or nothing."""
+    missing = parts.missing("lora_A", "lora_B")
+    if missing:
+        return f"half a pair: {missing} is missing"
+    assert parts.down is not None
+    assert parts.up is not None
+    problem = shape_problem(parts.down, parts.up)
+    if problem:
+        return problem
+    if not known.axis:
+        return "this is LoRA on a 3-D parameter, and no family says what is stacked in it"
+    if not isinstance(rank, int) or rank < 1 or parts.down.shape[0] % rank:
+        return f"{parts.down.shape[0]} rows of lora_A are no whole number of experts of rank {rank}"
+    return ""
+
+
+def swapped(
+    stacks: Mapping[str, Parts], paths: Mapping[str, str], known: Mapping[str, Known], config: Mapping[str, Any]
+) -> tuple[dict[str, bool], list[Finding]]:
+    """Return for each stacked module whether its factors are in the order of PEFT 0.17 and 0.18."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    old = None if version is None else tuple(map(int, version.groups())) < (0, 19)
+    findings: list[Finding] = []
+    result = {}
+    for module, parts in stacks.items():
+        layer = known[module].layer
+        if isinstance(layer, Experts) and layer.in_out != layer.flipped_in_memory:
+            result[module] = False  # (experts, in, out) in memory: no PEFT took it for anything else
+            continue
+        owner = paths[module].rpartition(".")[0]
+        shown = _shown([stacks[m] for m, p in paths.items() if p.rpartition(".")[0] == owner and m in stacks])
+        if old is None and shown is None:
+            what = "written before PEFT 0.19 or after? The factors would be read differently, and their shapes fit both"
+            findings.append(error(module, what, 'put "peft_version" into adapter_config.json'))
+        elif None not in (old, shown) and old != shown:
+            what = f"peft_version {config.get('peft_version')} and the shapes of the factors contradict each other"
+            findings.append(error(module, what, "was peft_version changed by hand?"))
+        result[module] = bool(shown if old is None else old)
+    return result, findings
+
+
+def _shown(siblings: Sequence[Parts]) -> bool | None:
+    """Return what the shapes of the pair (in, out) of one module show: A of the first takes what B of the last gives."""
+    shapes = [(p.down.shape[1], p.up.shape[0]) for p in siblings if p.down is not None and p.up is not None]
+    if len(shapes) != 2:
+        return None
+    (first_a, first_b), (last_a, last_b) = shapes
+    usual, old = first_a == last_b, first_b == last_a
+    return None if usual == old else old
+
+
+def split(parts: Parts, rank: int, scaling: float, *, old: bool) -> list[LowRank]:
+    """Return the delta of each matrix of a stack."""
+    assert parts.down is not None
+    assert parts.up is not None
+    count = parts.down.shape[0] // rank
+    deltas = []
+    for e in range(count):
+        a = parts.down.rows(e * rank, (e + 1) * rank)
+        b = parts.up.columns((range(e, rank * count, count),))
+        deltas.append(LowRank(b.transposed(), a.transposed(), scaling) if old else LowRank(a, b, scaling))
+    return deltas
+
+
+def stacked(deltas: Sequence[LowRank]) -> tuple[LowRank, int]:
+    """Return the factors of a stack in the order of PEFT 0.19 and later, and their rank; shorter ones get zeros."""
+    rank = max(d.rank for d in deltas)
+    downs = [_rows_padded(d.down, rank) for d in deltas]
+    ups = [padded(d.up, rank) for d in deltas]
+    return LowRank(joined("", downs), woven("", ups), deltas[0].scaling), rank
+
+
+def _rows_padded(ref: TensorRef, rows: int) -> TensorRef:
+    missing = rows - ref.shape[0]
+    return joined(ref.name, [ref, zeros("", (missing, *ref.shape[1:]), ref.dtype)]) if missing else ref
+
+
+def stack_of(targets: Sequence[Target], in_memory: Mapping[str, str]) -> dict[str, Stack]:
+    """Group targets `parameter[e]` by parameter: module of the file -> its stack; parameters of one module are nested.
+
+    `in_memory` maps the canonical path of a parameter to its name in memory.
+    """
+    groups: dict[str, dict[int, Target]] = {}
+    for target in targets:
+        weight, _, index = target.parts[0].partition("[")
+        groups.setdefault(in_memory[weight], {})[int(index.rstrip("]"))] = target
+    owners: dict[str, list[str]] = {}
+    for parameter in groups:
+        owners.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    stacks = {}
+    for owner, names in owners.items():
+        names.sort(key=lambda p: _registration(p.rpartition(".")[2]))
+        for depth, parameter in enumerate(reversed(names)):
+            experts = groups[parameter]
+            stacks[owner + _NESTED * depth] = Stack(parameter, tuple(experts[e] for e in sorted(experts)))
+    return stacks
