@@ -81,6 +81,7 @@ class Architecture:
     prefixes         leading elements that files may omit, per component: {"": ("transformer.",)}
     headless         transformers class names whose modules carry no prefix in memory (GPT2Model, BertModel)
     bare_in_memory   components whose modules never carry the prefix in memory (CLIPTextModel in transformers 5)
+    wrapped          {"transformer.": (class names)}: classes that keep the model under another element than usual
     tied             groups of paths that may share one tensor
     tied_by_default  whether they do where config.json has no tie_word_embeddings
     kohya_prefixes   component -> the first element of kohya's flat names
@@ -97,6 +98,7 @@ class Architecture:
     prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     headless: tuple[str, ...] = ()
     bare_in_memory: tuple[str, ...] = ()
+    wrapped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied: tuple[tuple[str, ...], ...] = ()
     tied_by_default: bool = False
     kohya_prefixes: Mapping[str, str] = field(default_factory=dict)
@@ -152,7 +154,7 @@ class Architecture:
         for spelling in spellings:
             found = self._canonical(component, spelling)
             if found:
-                return found if spelling is path else found._replace(distance=1)
+                return found if spelling is path or component in self.bare_in_memory else found._replace(distance=1)
         for spelling in spellings if depth else ():
             for rule in self.rules:
                 axis = "{" + rule.axis + "}"
@@ -241,6 +243,11 @@ class Architecture:
             for prefix in self.prefixes.get(component, ()):
                 if path.startswith(prefix):
                     return path[len(prefix) :]
+        known = self.find(path, component)
+        for wrapper, classes in self.wrapped.items():
+            if model_class in classes and known and known.layer.group != "head":
+                own = next((p for p in self.prefixes.get(component, ()) if path.startswith(p)), "")
+                return wrapper + path.removeprefix(own)
         return path
 
     def on_disk(self, name: str) -> str:

@@ -79,34 +79,42 @@ def _passive(value: Any) -> Any:
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
-    """Build quietly, on the meta device, without the Hub, and not for longer than SECONDS."""
+def _apart() -> Iterator[None]:
+    """Let a library work on the meta device, quietly, and without the Hub."""
     import torch
 
     constants: Any = None
     with suppress(ImportError):
         from huggingface_hub import constants
+    disabled, offline = logging.root.manager.disable, getattr(constants, "HF_HUB_OFFLINE", None)
+    logging.disable(logging.CRITICAL)
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        if offline is not None:
+            constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+            if offline is not None:
+                constants.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def _deadline() -> Iterator[None]:
+    """Raise TooLongError in this thread after SECONDS, at the next call of a function."""
     end = time.monotonic() + SECONDS
 
     def check(*_: object) -> None:
         if time.monotonic() > end:
             raise TooLongError
 
-    profile, disabled = sys.getprofile(), logging.root.manager.disable
-    offline = getattr(constants, "HF_HUB_OFFLINE", None)
-    logging.disable(logging.CRITICAL)
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        if offline is not None:
-            constants.HF_HUB_OFFLINE = True
-        sys.setprofile(check)  # called at every call of a function, on any thread and any system
-        try:
-            yield
-        finally:
-            sys.setprofile(profile)
-            logging.disable(disabled)
-            if offline is not None:
-                constants.HF_HUB_OFFLINE = offline
+    profile = sys.getprofile()
+    sys.setprofile(check)
+    try:
+        yield
+    finally:
+        sys.setprofile(profile)
 
 
 def _ask_diffusers(kind: str, config: dict[str, Any]) -> Live:
@@ -117,8 +125,9 @@ def _ask_diffusers(kind: str, config: dict[str, Any]) -> Live:
     cls = _public_class(diffusers, kind, diffusers.ModelMixin)
     if cls is None:
         raise UnknownError(f"diffusers has no model {kind}")
-    with _watched():
-        model = cls.from_config(config)
+    with _apart():
+        with _deadline():
+            model = cls.from_config(config)
         return _described(kind, model, "diffusers", {})
 
 
@@ -132,11 +141,11 @@ def _ask_transformers(kind: str, config: Mapping[str, Any], clean: dict[str, Any
         raise UnknownError(f"transformers {transformers.__version__} does not know this model_type{remote}")
     config_class = transformers.CONFIG_MAPPING[kind]
     cls, note = _model_class(transformers, config_class, config.get("architectures"))
-    with _watched():
-        model = cls(config_class.from_dict(clean))
+    with _apart():
+        with _deadline():
+            model = cls(config_class.from_dict(clean))
         live = _described(kind, model, "transformers", getattr(model, "all_tied_weights_keys", None) or {})
         live.notes += note
-    with _watched():
         _forward(model, live, shapes)
     return live
 

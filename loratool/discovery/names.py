@@ -50,7 +50,7 @@ _IN_ATTENTION = {"dense": "o", "out_proj": "o", "c_proj": "o", "wo": "o", "out":
 _IN_MLP = {"dense": "down", "c_proj": "down", "wo": "down", "w1": "gate", "w2": "down", "w3": "up", "gate": "gate"}
 _FUSED = ("qkv", "kv", "gate_up")
 HEADS = ("lm_head", "score", "classifier", "qa_outputs", "embed_out", "output_layer", "unembed", "decoder")
-_EMBEDS = re.compile(r"(?:.*_)?(?:wte|wpe|embed|embeddings?|tokens?_embed\w*)|embed_tokens\w*|shared")
+_EMBEDS = re.compile(r"(?:.*_)?(?:wte|wpe|embed|embeddings?|tokens?_embed\w*)|embed_(?:tokens|positions)\w*|shared")
 _MATRICES: dict[int, type[Layer]] = {2: Matrix, 3: Conv1d, 4: Conv2d, 5: Conv3d}
 
 

@@ -95,13 +95,14 @@ def _opened(elements: Sequence[str], places: Sequence[int]) -> str:
 
 def _consistent(members: Sequence[Weight]) -> dict[str, Weight]:
     """Return patterns for weights of one skeleton, with as few numbers literal as their differences need."""
-    places = _numbers(split(members[0].path))
+    rows = [(split(w.path), replace(w, path="")) for w in members]
+    places = _numbers(rows[0][0])
     some = [c for size in range(len(places)) for c in combinations(places[::-1], size)] if len(places) < 6 else [()]
     for literal in (*some, tuple(places)):
         found: dict[str, Weight] = {}
-        for weight in members:
-            pattern = _opened(split(weight.path), [p for p in places if p not in literal])
-            alike = replace(weight, path="")
+        free = [p for p in places if p not in literal]
+        for elements, alike in rows:
+            pattern = _opened(elements, free)
             if found.setdefault(pattern, alike) != alike:
                 break
         else:

@@ -113,18 +113,22 @@ def resolve(
     """
     modules = list(modules)
     found: dict[str, dict[str, Known]] = {}
+    unclear = unclear_module = ""
     for architecture in architectures if modules else ():
         mapping = {}
         for module in modules:
             known = readings(architecture, module)
             if len({(k.component, k.parts) for k in known}) > 1:
-                paths = " or ".join(sorted({k.path for k in known}))
-                raise AmbiguityError(f"{module!r} can be {paths}", where=where)
+                unclear = unclear or " or ".join(sorted(str(Target(k.component, k.parts)) for k in known))
+                unclear_module = unclear_module or module
+                break
             if not known:
                 break
             mapping[module] = known[0]
         else:
             found[architecture.name] = mapping
+    if not found and unclear:
+        raise AmbiguityError(f"{unclear_module!r} can be {unclear}", where=where)
     if not found:
         return Readings()
     distances = {name: sum(k.distance for k in mapping.values()) for name, mapping in found.items()}

@@ -27,6 +27,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 RANKS = (4, 8, 16, 32, 64)
 _FIRST = 900_000_001  # stands for the first index of a path while it is renamed
 _LINEAR = ("linear", "Conv1D", "experts", "matrix")
+#: What PEFT will not adapt, as these models' kernels read the weights past it (peft: tuners/tuners_utils.py)
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_REFUSED_BY_PEFT = ("out_proj", "conv1d")
 _NEVER = ("embedding", "head", "router", "position")  # what all-linear leaves out
 
 
@@ -117,7 +120,9 @@ class Survey:
         """The modules of a preset: those that hold a weight of it."""
         wanted = PRESETS[preset]
         main = main_towers(self.modules)
-        return [m for m in self.modules if any(wanted(self.architecture, w, main) for w in m.weights)]
+        found = [m for m in self.modules if any(wanted(self.architecture, w, main) for w in m.weights)]
+        refused = _REFUSED_BY_PEFT if self.config.get("model_type") in _MAMBA else ()
+        return [m for m in found if m.template[-1] not in refused]
 
 
 def _lexicons(architecture: Architecture) -> dict[str, Lexicon[Layer]]:
@@ -136,7 +141,7 @@ def _weights_of(
     stacked = bool(known.axis) and len(shape) > 2
     one = known.at(0) if known.axis else known
     inner = shape[1:] if stacked else shape
-    turned = _is_transposed(known, inner, stacked, config)
+    turned = is_transposed(known, inner, stacked, config)
     out, inputs = (inner[1], inner[0]) if turned else inner[:2]
     for path in one.parts:
         whole = path.partition("[")[0]
@@ -153,7 +158,7 @@ def _is_conv(layer: Layer) -> bool:
     return layer.kind.startswith("conv")
 
 
-def _is_transposed(known: Known, shape: tuple[int, ...], stacked: bool, config: Mapping[str, Any]) -> bool:
+def is_transposed(known: Known, shape: tuple[int, ...], stacked: bool, config: Mapping[str, Any]) -> bool:
     """Whether the file has (in, out); a stack of experts may have been saved in the order of the memory."""
     layer = known.layer
     if not isinstance(layer, Experts):

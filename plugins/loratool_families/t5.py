@@ -18,10 +18,14 @@ T5 = Architecture(
         Linear(f"encoder.block.{{i}}.layer.1.{_FEED_FORWARD}", group="mlp", roles=("up", "gate", "up", "down")),
         Linear(f"decoder.block.{{i}}.layer.2.{_FEED_FORWARD}", group="mlp", roles=("up", "gate", "up", "down")),
         Excluded("(encoder|decoder).block.{i}.layer.0.SelfAttention.relative_attention_bias", group="position"),
-        Linear("(lm_head|qa_outputs)", group="head"),
+        Linear("(lm_head|classifier|qa_outputs)", group="head"),
+        Linear("classification_head.(dense|out_proj)", group="head", roles=("dense", "classifier")),
     ),
     default_targets=("q", "v"),
     aliases=("transformer.** = **",),
+    wrapped={
+        "transformer.": tuple(f"{p}T5For{h}Classification" for p in ("", "M", "UM") for h in ("Sequence", "Token"))
+    },
     tied=(("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),),
     tied_by_default=True,
 )

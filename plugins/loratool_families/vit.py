@@ -5,7 +5,7 @@ On disk, and in adapters of transformers 4, an attention is `attention.attention
 parameters. Only the root differs between the families.
 """
 
-from loratool import Architecture, Conv2d, Excluded, Linear, Match, hookimpl
+from loratool import Architecture, Conv2d, Excluded, Fused, Linear, Match, concat, hookimpl
 
 _TOKENS = "cls_token|position_embeddings|mask_token"
 
@@ -85,11 +85,17 @@ def _dinov2(root: str, name: str, tokens: str, classes: tuple[str, ...]) -> Arch
     return Architecture(
         name=name,
         match=Match(model_types=(root,)),
-        layers=_layers(root, tokens, ("mlp.fc1", "mlp.fc2")),
+        layers=(
+            *_layers(root, tokens, ("mlp.fc1", "mlp.fc2")),
+            Linear(f"{root}.encoder.layer.{{i}}.mlp.(weights_in|weights_out)", group="mlp", roles=("gate_up", "down")),
+        ),
         default_targets=("query", "value"),
+        fused=(Fused(f"{root}.encoder.layer.{{i}}.mlp.weights_in", parts=("gate", "up"), layout=concat(parts=2)),),
         memory=(
             f"{attention}.(q_proj|k_proj|v_proj) = {attention}.attention.(query|key|value)",
             f"{attention}.o_proj = {attention}.output.dense",
+            f"{root}.encoder.layer.{{i}}.mlp.(gate_proj|up_proj) = {root}.encoder.layer.{{i}}.mlp.weights_in[(gate|up)]",
+            f"{root}.encoder.layer.{{i}}.mlp.down_proj = {root}.encoder.layer.{{i}}.mlp.weights_out",
         ),
         prefixes={"": (f"{root}.",)},
         headless=classes,

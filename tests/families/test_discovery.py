@@ -92,12 +92,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
          "intermediate_size": 20, "num_local_experts": 3, "num_experts_per_tok": 2},
     ),
     "aria": ("AriaTextForCausalLM", "AriaTextConfig", {**MOE, "moe_num_experts": 3, "moe_topk": 2, "moe_num_shared_experts": 1}),
-    "inkling": (
-        "InklingForCausalLM",
-        "InklingTextConfig",
-        {**MOE, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "d_rel": 4, "rel_extent": 16,
-         "n_routed_experts": 3, "num_experts_per_tok": 2, "n_shared_experts": 2, "unpadded_vocab_size": 64,
-         "mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention", "sliding_attention"]},
+    "inkling2": (
+        "Inkling2ForCausalLM",
+        "Inkling2TextConfig",
+        {
+            **{**TEXT, "intermediate_size": None},
+            "moe_intermediate_size": 20, "unpadded_vocab_size": 64, "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2, "swa_head_dim": 8, "d_rel": 4, "rel_extent": 16, "n_routed_experts": 3,
+            "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"],
+        },
     ),
     "nomic-bert": ("NomicBertForMaskedLM", "NomicBertConfig", {**BERT, "head_dim": 8}),
     "dinov2": (

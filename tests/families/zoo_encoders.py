@@ -55,7 +55,14 @@ DEBERTA = [
 
 _T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_heads": 4, "pad_token_id": 0}
 _T5 = {**_T5, "num_decoder_layers": 3, "decoder_start_token_id": 0}
-_T5_HEADS = ("Model", "EncoderModel", "ForConditionalGeneration", "ForQuestionAnswering")
+_T5_HEADS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "Model",
+    "EncoderModel",
+    "ForConditionalGeneration",
+    "ForQuestionAnswering",
+)
 _BART = {
     "vocab_size": 64,
     "d_model": 32,
@@ -149,6 +156,10 @@ IMAGES = [
     tiny("beit", "BeitForMaskedImageModeling", "BeitConfig", **_IMAGE, vocab_size=40, use_mask_token=True),
     *heads("dinov2", "Dinov2", (*_LABELS, "Backbone"), _IMAGE),
     *heads("dinov2-with-registers", "Dinov2WithRegisters", (*_LABELS, "Backbone"), _IMAGE),
+    tiny("dinov2", "Dinov2Model", "Dinov2Config", **_IMAGE, use_swiglu_ffn=True),
+    tiny(
+        "dinov2-with-registers", "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **_IMAGE, use_swiglu_ffn=True
+    ),
     *heads("clip", "CLIP", _LABELS, _PAIR, projection_dim=20),
     tiny("clip", "CLIPVisionModel", "CLIPVisionConfig", **_IMAGE),
     tiny("clip", "CLIPVisionModelWithProjection", "CLIPVisionConfig", **_IMAGE, projection_dim=20),

@@ -1,0 +1,228 @@
+"""Mixtures of experts: whatever way an adapter and a base spell, split or stack the experts, the merge is exact.
+
+The oracle is B @ A in fp64 on the tensors of the file, or PEFT's own merge in memory.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loratool
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+MOE = {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    "moe_intermediate_size": 20, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "n_shared_experts": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+MLA = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
+# the table of what PEFT 0.21 with transformers 5 loses without a word: adapters of the transformers 4 era
+LOST = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3Moe", MOE),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", MOE | {"shared_expert_intermediate_size": 24}),
+    "glm4_moe": ("Glm4Moe", DEEPSEEK),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK | MLA),
+    "qwen3_moe_mixed": ("Qwen3Moe", MOE | {"mlp_only_layers": [0]}),
+}
+
+
+def model(name, settings):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES | settings)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def write_adapter(folder: Path, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], **config) -> None:
+    """Write an adapter as PEFT did under transformers 4: one pair of factors a module."""
+    folder.mkdir()
+    named = {}
+    for module, (down, up) in factors.items():
+        named[f"base_model.model.{module}.lora_A.weight"] = down
+        named[f"base_model.model.{module}.lora_B.weight"] = up
+    save_file(named, folder / "adapter_model.safetensors")
+    content = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": sorted(factors), **config}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+
+
+def pairs_for(weights: dict[str, torch.Tensor], rank: int = 3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Random factors for every matrix of a file but the embedding and the head."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name.removesuffix(".weight"): (
+            torch.randn(rank, w.shape[1], generator=generator) * 0.1,
+            torch.randn(w.shape[0], rank, generator=generator) * 0.1,
+        )
+        for name, w in weights.items()
+        if w.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+    }
+
+
+def assert_exact(out: Path, weights, factors, scaling=5 / 3):
+    merged = tensors(out)
+    assert merged.keys() == weights.keys()
+    for name, weight in weights.items():
+        wanted = weight.double()
+        if name.removesuffix(".weight") in factors:
+            down, up = factors[name.removesuffix(".weight")]
+            wanted = wanted + scaling * up.double() @ down.double()
+            assert not torch.equal(merged[name], weight), name
+        torch.testing.assert_close(merged[name].double(), wanted, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_an_adapter_of_single_experts_merges_whole(case, tmp_path):
+    model(*LOST[case]).save_pretrained(tmp_path / "base")
+    weights = tensors(tmp_path / "base")
+    factors = pairs_for(weights)
+    kinds = {".experts.", "self_attn."} | (
+        {"shared_expert"} if case in ("qwen2_moe", "glm4_moe", "deepseek_v3") else set()
+    )
+    assert all(any(kind in name for name in factors) for kind in kinds)
+    write_adapter(tmp_path / "adapter", factors)
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert_exact(tmp_path / "out", weights, factors)
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_it_merges_into_a_file_that_has_the_experts_stacked(case, tmp_path):
+    live = model(*LOST[case])
+    live.save_pretrained(tmp_path / "base")
+    live.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    assert any(t.ndim == 3 for t in tensors(tmp_path / "stacked").values())
+    factors = pairs_for(tensors(tmp_path / "base"))
+    write_adapter(tmp_path / "adapter", factors)
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    loratool.merge(tmp_path / "stacked", [tmp_path / "adapter"], tmp_path / "out-stacked")
+    name, settings = LOST[case]
+    wanted = type(live).from_pretrained(tmp_path / "out").state_dict()
+    found = type(live).from_pretrained(tmp_path / "out-stacked").state_dict()
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(found[key], value), key
+    assert name in type(live).__name__
+    assert settings
+
+
+def trained(live, rank=2, **config):
+    """A PeftModel whose factors are all random, on the stacked parameters of the experts."""
+    parameters = [n for n, p in live.named_parameters() if p.ndim == 3 and n.rpartition(".")[2].endswith("_proj")]
+    assert parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(
+            live,
+            peft.LoraConfig(target_modules=["q_proj"], target_parameters=parameters, r=rank, lora_alpha=3, **config),
+        )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    return adapted
+
+
+STACKED = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3Moe", MOE),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK | MLA),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+    ),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 4}),
+}
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_an_adapter_of_stacked_parameters_merges_as_in_memory(case, tmp_path):
+    live = model(*STACKED[case])
+    live.save_pretrained(tmp_path / "base")
+    adapted = trained(live)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "wanted")
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    wanted, base, merged = (tensors(tmp_path / n) for n in ("wanted", "base", "out"))
+    assert merged.keys() == wanted.keys()
+    changed = [n for n in base if not torch.equal(wanted[n], base[n])]
+    assert any("expert" in n or "moe" in n for n in changed)
+    for name, value in wanted.items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.0", None])
+def test_factors_in_the_order_of_peft_0_17_and_0_18_are_read_as_such(case, version, tmp_path):
+    live = model(*STACKED[case])
+    live.save_pretrained(tmp_path / "base")
+    # PEFT before 0.19 took (experts, out, in) for (experts, in, out): A is (E r, out), B is (in, r E)
+    old, wanted = {}, {n: t.clone() for n, t in live.state_dict().items()}
+    generator = torch.Generator().manual_seed(5)
+    for owner in [n for n, m in live.named_modules() if n.endswith("mlp.experts")]:
+        for nest, parameter in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
+            experts, first, second = wanted[f"{owner}.{parameter}"].shape
+            down = torch.randn(experts * 2, first, generator=generator) * 0.1
+            up = torch.randn(second, 2 * experts, generator=generator) * 0.1
+            old[f"{owner}{nest}"] = down, up
+            delta = torch.einsum(
+                "ore,eri->eio", up.double().reshape(second, 2, experts), down.double().reshape(experts, 2, first)
+            )
+            wanted[f"{owner}.{parameter}"] = (wanted[f"{owner}.{parameter}"].double() + 2.5 * delta).float()
+    config = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": []}
+    if version:
+        config["peft_version"] = version
+    write_adapter(tmp_path / "adapter", old, r=2, **config)
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    merged = type(live).from_pretrained(tmp_path / "out").state_dict()
+    for name, value in wanted.items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_a_fine_tune_of_experts_is_extracted_and_loads_in_peft(case, tmp_path):
+    live = model(*STACKED[case])
+    live.save_pretrained(tmp_path / "base")
+    adapted = trained(live)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "tuned")
+    loratool.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "adapter", rank=4)
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "again")
+    wanted, found = tensors(tmp_path / "tuned"), tensors(tmp_path / "again")
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_a_resized_stack_is_read_by_peft(case, tmp_path):
+    live = model(*STACKED[case])
+    live.save_pretrained(tmp_path / "base")
+    adapted = trained(live, rank=3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = {n: t.clone() for n, t in adapted.merge_and_unload().state_dict().items()}
+    loratool.resize(tmp_path / "adapter", tmp_path / "resized", energy=1.0)  # all of it: other factors, one product
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(model(*STACKED[case]), tmp_path / "resized").merge_and_unload()
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=2e-6)
