@@ -29,6 +29,10 @@ _COMPARISON: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 }
 
 
+_DEEPEST = 64  # levels of an expression, and of text_configs in a config: both may come from strangers
+_LARGEST = 2**63  # no size is beyond it, and Python neither multiplies nor prints without end
+
+
 class AbsentError(MismatchError):
     """A name in an expression that the config does not have."""
 
@@ -36,6 +40,8 @@ class AbsentError(MismatchError):
 def size(expression: str | int, values: Mapping[str, Any]) -> int:
     """Return the whole number that `expression` comes to; MismatchError where it does not."""
     value = evaluate(expression, values)
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        raise MismatchError(f"{expression!r} is too large", where="config")
     if isinstance(value, bool) or not isinstance(value, int):
         raise MismatchError(f"{expression!r} is {value!r}, which is no size", where="config")
     return value
@@ -64,6 +70,13 @@ def _parse(expression: str) -> ast.expr:
         for part in ast.walk(node):
             if not isinstance(part, _ALLOWED) or (isinstance(part, ast.Constant) and not _plain(part.value)):
                 raise SyntaxError(type(part).__name__)
+            if isinstance(part, ast.Compare) and len(part.ops) > 1:
+                raise SyntaxError("a chain of comparisons")
+        level: list[ast.AST] = [node]
+        for _ in range(_DEEPEST):
+            level = [child for part in level for child in ast.iter_child_nodes(part)]
+        if level:
+            raise SyntaxError("too deep")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         hint = "config keys, numbers, + - * /, comparisons, not/and/or, a | b"
         raise UsageError(f"the expression {expression!r} is malformed", hint=hint) from None
@@ -101,21 +114,29 @@ def _value(node: ast.expr, values: Mapping[str, Any], missing: Any) -> Any:
         case ast.BoolOp():
             return any(visit(part) for part in node.values)
         case ast.Compare(left=left, ops=[op], comparators=[right]):
-            return _COMPARISON[type(op)](visit(left), visit(right))
+            return _compared(op, visit(left), visit(right), ast.unparse(node))
         case ast.BinOp(op=ast.BitOr()):
             try:
-                first = visit(node.left)
+                return _value(node.left, values, missing=None)  # what is there and false is there
             except AbsentError:
                 return visit(node.right)
-            return visit(node.right) if first is missing else first
         case ast.BinOp():
             return _arithmetic(node.op, visit(node.left), visit(node.right), ast.unparse(node))
     raise UsageError(f"the expression {ast.unparse(node)!r} is malformed")
 
 
+def _compared(op: ast.cmpop, left: Any, right: Any, text: str) -> bool:
+    try:
+        return _COMPARISON[type(op)](left, right)
+    except TypeError:
+        raise MismatchError(f"{text}: a {type(left).__name__} and a {type(right).__name__}", where="config") from None
+
+
 def _arithmetic(op: ast.operator, left: Any, right: Any, text: str) -> int:
     if not isinstance(left, int) or not isinstance(right, int):
         raise MismatchError(f"{text}: {left!r} and {right!r} are no numbers", where="config")
+    if max(abs(left), abs(right)) >= _LARGEST:
+        raise MismatchError(f"{text}: a number is too large", where="config")
     if not isinstance(op, ast.Div):
         return _ARITHMETIC[type(op)](left, right)
     if not right or left % right:
@@ -124,8 +145,12 @@ def _arithmetic(op: ast.operator, left: Any, right: Any, text: str) -> int:
 
 
 def _lookup(name: str, values: Mapping[str, Any]) -> Any:
-    found: Any = values
-    for key in name.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    nested = values.get("text_config")
-    return _lookup(name, nested) if found is None and isinstance(nested, Mapping) else found
+    nested: Any = values
+    for _ in range(_DEEPEST):
+        found = nested
+        for key in name.split("."):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        nested = nested.get("text_config")
+        if found is not None or not isinstance(nested, Mapping):
+            return found
+    return None

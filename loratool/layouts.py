@@ -96,3 +96,14 @@ def within(outer: Sequence[range], inner: Sequence[range]) -> Rows:
                 found.append(have[low : high : wanted.step])
             at += len(have)
     return tuple(found)
+
+
+def runs(rows: Sequence[int]) -> Rows:
+    """Return row numbers, in their order, as ranges: neighbours that ascend by one become one."""
+    found: list[range] = []
+    for row in rows:
+        if found and row == found[-1].stop:
+            found[-1] = range(found[-1].start, row + 1)
+        else:
+            found.append(range(row, row + 1))
+    return tuple(found)

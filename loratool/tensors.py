@@ -55,11 +55,12 @@ class Inline(NamedTuple):
 class View(NamedTuple):
     """How a tensor follows from others where that is more than a choice of rows: it has to be read to be rearranged.
 
+    rows        the rows `ranges` of a tensor that is itself a view
     columns     the columns `ranges` of a matrix
     transposed  the transpose of a matrix
     joined      the rows of several matrices, one after another
     woven       E matrices (rows, n) as one (rows, n x E), the matrix changing fastest: PEFT's stacked lora_B
-    padded      a matrix with columns of zeros behind it, up to its shape
+    padded      a matrix with columns of zeros before it (as many as `ranges` says) and behind it, up to its shape
     """
 
     kind: str
@@ -108,7 +109,7 @@ class TensorRef:
                 return inner.take(ranges).columns(self.view.ranges)
             if self.view.kind == "transposed":
                 return inner.columns(ranges).transposed()
-            raise ValueError(f"rows of a {self.view.kind} tensor")  # these are made for writing only
+            return TensorRef(self.name, shape, self.dtype, self.pieces, View("rows", (self,), tuple(ranges)))
         row = self.nbytes // self.shape[0] if self.shape[0] else 0
         runs = [run for r in ranges for run in ([r] if r.step == 1 else [range(n, n + 1) for n in r])]
         pieces = tuple(piece for r in runs for piece in _cut(self.pieces, r.start * row, r.stop * row))
@@ -181,11 +182,12 @@ def woven(name: str, refs: Sequence[TensorRef]) -> TensorRef:
     return TensorRef(name, (rows, columns * len(refs)), refs[0].dtype, pieces, View("woven", tuple(refs)))
 
 
-def padded(ref: TensorRef, columns: int) -> TensorRef:
-    """Return a matrix with columns of zeros behind it."""
+def padded(ref: TensorRef, columns: int, before: int = 0) -> TensorRef:
+    """Return a matrix with columns of zeros: `before` it, and behind it up to `columns`."""
     if ref.shape[1] == columns:
         return ref
-    return TensorRef(ref.name, (ref.shape[0], columns), ref.dtype, ref.pieces, View("padded", (ref,)))
+    view = View("padded", (ref,), (range(before),))
+    return TensorRef(ref.name, (ref.shape[0], columns), ref.dtype, ref.pieces, view)
 
 
 def zeros(name: str, shape: tuple[int, ...], dtype: str) -> TensorRef:

@@ -13,7 +13,7 @@ FLOORS = [
     ("formats", "storage"),
     ("operations", "engine"),
     ("plugins",),
-    ("detection",),
+    ("detection", "testing"),
     ("api",),
     ("demo",),
     ("cli",),

@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from loratool.cli import options, render
+from loratool.plan import Report
 
 EXAMPLES = """
 \b
 Examples:
   loratool arch list
   loratool arch show llama
+  loratool arch show base --rank 16
+  loratool arch detect base
+  loratool arch check base
+  loratool arch targets base --preset all-linear
+  loratool arch list -p my_family.py
 """
-_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+_PRESETS = ("default", "attention", "mlp", "all-linear")
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+_taking = options.stack(options.plugin, _json)
+_reading = options.stack(options.arch, options.plugin, _json)
 
 
 @click.group(epilog=EXAMPLES)
 @options.plugin
 def command() -> None:
-    """List the model families, and the layers of each that can carry an adapter."""
+    """The model families, and what they say of a model: layers, adapter sizes, targets for PEFT.
+
+    A family is one short file; docs/plugins.md shows how to add one, and -p FILE tries it out.
+    """
 
 
 @command.command("list")
-@options.plugin
-@_JSON
+@_taking
 def list_(as_json: bool) -> None:
     """List every family that this installation knows."""
     from loratool.plugins import installed
 
+    shown = list if as_json else _fitted
     rows = [
         {
             "family": a.name,
-            "model_types": [*a.match.model_types, *a.match.classes],
+            "model_types": shown((*a.match.model_types, *a.match.classes)),
             "layer_patterns": len(a.layers),
-            "default_targets": list(a.default_targets),
+            "default_targets": shown(a.default_targets),
         }
         for a in installed().architectures()
     ]
@@ -42,23 +56,96 @@ def list_(as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("family")
-@options.plugin
-@_JSON
-def show(family: str, as_json: bool) -> None:
-    """Show the layers of one family: pattern, kind, role, group."""
-    from loratool.plugins import installed
+@click.argument("what", metavar="NAME|PATH")
+@click.option("--rank", "ranks", type=click.IntRange(1), multiple=True, help="Sizes of these ranks; repeatable.")
+@_reading
+def show(what: str, ranks: tuple[int, ...], arch: str, as_json: bool) -> None:
+    """Show the layers of a family; or of a model, and what adapters on them weigh.
 
-    architecture = installed().architecture(family)
-    rows = [
-        {
-            "component": layer.component,
-            "layer": skeleton.text,
-            "kind": layer.kind,
-            "role": layer.role(skeleton),
-            "group": layer.group,
-            "default": skeleton.text.endswith(tuple("." + t for t in architecture.default_targets)),
-        }
-        for skeleton, layer in architecture.skeletons()
-    ]
-    render.listing(rows, as_json=as_json)
+    NAME is a family or a model_type. PATH is a model's folder or weights file, of which only headers are read; write
+    ./NAME for a folder that is called like a family. Sizes are those of an adapter that PEFT makes.
+    """
+    from loratool.cli import answers, subjects
+    from loratool.operations.survey import family_layers
+
+    family = subjects.family(what)
+    if family is not None:
+        if family.name != what:
+            render.note(f"{what} is a model_type of the {family.name} family")
+        return render.listing(family_layers(family), as_json=as_json)
+    report = answers.about_model(what, arch, ranks)
+    if as_json:
+        return _print(report, as_json=True)
+    sizes = report.totals.pop("adapters")
+    _print(report)
+    render.heading("Adapters on it, by preset and rank")
+    return render.listing(sizes, as_json=False)
+
+
+@command.command()
+@click.argument("path")
+@_taking
+def detect(path: str, as_json: bool) -> int:
+    """Say which family a model or an adapter is of, how that was found, and which others would fit.
+
+    Exit code 3 where no family fits, or several that read the weights differently.
+    """
+    from loratool.cli import answers
+
+    report = answers.families_of(path)
+    _print(report, as_json=as_json)
+    return 0 if report.rows and not any(f.level == "error" for f in report.findings) else 3
+
+
+@command.command()
+@click.argument("what", metavar="NAME|PATH")
+@click.option("--strict", is_flag=True, help="Patterns that match nothing fail too: for a family of your own.")
+@_reading
+def check(what: str, strict: bool, arch: str, as_json: bool) -> int:
+    """Check a family against a model, or a family alone; exit code 3 where something does not fit.
+
+    Weights that no layer explains, names that mean one layer, sizes that do not divide, rules that lead nowhere.
+    Patterns that match nothing are warnings, as a family has layers that a single model lacks.
+    """
+    from loratool.cli import answers
+
+    report = answers.checked(what, arch, strict=strict)
+    _print(report, as_json=as_json)
+    return 3 if any(f.level == "error" for f in report.findings) else 0
+
+
+@command.command()
+@click.argument("path")
+@click.option("--preset", type=click.Choice(_PRESETS), default="default", show_default=True, help="Which layers.")
+@_reading
+def targets(path: str, preset: str, arch: str, as_json: bool) -> None:
+    """Print target_modules and target_parameters for a PEFT LoraConfig.
+
+    They select exactly the layers of the preset in the live model: attention, mlp (experts too), or all linear layers
+    but heads and routers, each of the main model without its towers; default is what the family's adapters train.
+    """
+    from loratool.cli import answers
+    from loratool.operations.targets import pasteable
+    from loratool.operations.targets import targets as names
+
+    survey, findings = answers.selected(path, arch, preset)
+    render.findings(findings)
+    chosen = survey.selected(preset)
+    if as_json:
+        return render.document(names(survey, preset))
+    count = sum(module.parameters(1) for module in chosen)
+    render.note(f"{survey.architecture.name}, {preset}: {len(chosen):,} modules, {count:,} parameters a rank")
+    return render.snippet(pasteable(names(survey, preset)))
+
+
+def _fitted(names: tuple[str, ...], width: int = 36) -> str:
+    """Return the first names that fit a column, and how many more there are."""
+    text = ", ".join(names)
+    while len(text) > width and ", " in text:
+        text = text[: text.rindex(", ")]
+    more = len(names) - text.count(", ") - 1
+    return f"{text} and {more} more" if more > 0 else text
+
+
+def _print(report: Report, *, as_json: bool = False) -> None:
+    render.report(report, as_json=as_json, file=None, quiet=False, verbose=True)

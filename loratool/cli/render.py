@@ -324,6 +324,13 @@ def ending(rows: list[dict[str, Any]], *, kept: bool, seconds: float, out: str) 
     console.print(f"  cd {shlex.quote(out)}", style="cyan")
 
 
+def snippet(lines: Sequence[str]) -> None:
+    """Show lines of code on stdout, to copy."""
+    console = _console()
+    for line in lines:
+        console.print(clean(line, limit=100_000))
+
+
 def document(content: object) -> None:
     """Print one JSON document."""
     sys.stdout.write(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -108,7 +108,8 @@ def related(
     if not names and len(targets) == 1:
         return [(targets[0], (path,))]
     parts, _ = division(conversion, steps, parameters)
-    inside = [f"{path}[{part}]" for part in parts]
+    each = "[{e}]" if parameter.kind is Experts else ""
+    inside = [f"{path}{each}[{part}]" for part in parts]
     if len(targets) == len(parts):
         return [(target, (part,)) for target, part in zip(targets, inside, strict=True)]
     return [(targets[0], tuple(inside))] if inside and len(targets) == 1 else []

@@ -113,27 +113,28 @@ def resolve(
     """
     modules = list(modules)
     found: dict[str, dict[str, Known]] = {}
-    unclear = unclear_module = ""
+    unclear: dict[str, str] = {}  # family -> what a name can be in it
     for architecture in architectures if modules else ():
         mapping = {}
         for module in modules:
             known = readings(architecture, module)
-            if len({(k.component, k.parts) for k in known}) > 1:
-                unclear = unclear or " or ".join(sorted(str(Target(k.component, k.parts)) for k in known))
-                unclear_module = unclear_module or module
-                break
             if not known:
                 break
             mapping[module] = known[0]
+            if len({(k.component, k.parts) for k in known}) > 1:
+                paths = " or ".join(sorted(str(Target(k.component, k.parts)) for k in known))
+                unclear[architecture.name] = f"{module!r} can be {paths}"
         else:
             found[architecture.name] = mapping
-    if not found and unclear:
-        raise AmbiguityError(f"{unclear_module!r} can be {unclear}", where=where)
+    clear = [name for name in found if name not in unclear]
+    if found and not clear:
+        raise AmbiguityError(unclear[next(iter(found))], where=where)
     if not found:
         return Readings()
-    distances = {name: sum(k.distance for k in mapping.values()) for name, mapping in found.items()}
-    nearest = [a for a in architectures if distances.get(a.name) == min(distances.values())]
+    distances = {name: sum(k.distance for k in found[name].values()) for name in found}
+    nearest = [a for a in architectures if distances.get(a.name) == min(distances[n] for n in clear)]
     names = [a.name for a in plainest(nearest, architectures)]
     targets = {name: {m: (k.component, k.parts) for m, k in found[name].items()} for name in names}
-    agreed = tuple(name for name in names if targets[name] == targets[names[0]])
-    return Readings(agreed, found[names[0]], tuple(name for name in names if name not in agreed))
+    first = next(name for name in names if name in clear)
+    agreed = tuple(name for name in names if name in clear and targets[name] == targets[first])
+    return Readings(agreed, found[first], tuple(name for name in names if name not in agreed))

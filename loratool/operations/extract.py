@@ -19,7 +19,7 @@ from loratool.adapter import Adapter, Delta, Finding, Origin, Target
 from loratool.architecture import Architecture
 from loratool.errors import InputError, MismatchError
 from loratool.hookspecs import Format
-from loratool.operations.matching import Place, bare_name, places, resolve, tied_partner
+from loratool.operations.matching import Place, bare_name, places, stitched, tied_partner
 from loratool.operations.resize import Rule, emit_factors, settled_factors
 from loratool.operations.writing import spell
 from loratool.patterns import selects
@@ -298,21 +298,30 @@ def _pair(
     """
     new, old = places(tuned, architecture), places(base, architecture)
     pairs: Pairs = {}
+    layers: set[str] = set()  # tensors of the tuned model that are paired as matrices
+    paired: set[Target] = set()  # and what they meet in the base
     problems: list[str] = []
-    for target, place in new.items():
-        for one in resolve(target, old, architecture, base.config or {}):
-            mine = place if one.rows is None else place.part(one.rows, one.place.role)
-            pairs[Target(target.component, (one.path,))] = mine, one.place
-            if _shape(mine) != _shape(one.place):
-                problems.append(
-                    f"{one.path}: {list(mine.shape)} in the tuned model, {list(one.place.shape)} in the base"
-                )
-    covered = [{pair[side].tensor for pair in pairs.values()} for side in (0, 1)]
-    problems += [f"{t}: only in the base" for t, place in old.items() if place.tensor not in covered[1]]
-    by_name = {bare_name(n, architecture): ref for n, ref in base.tensors.items() if n not in covered[1]}
+    for target in dict.fromkeys([*new, *old]):
+        sides = [
+            side.get(target) or stitched(target.parts[0], target.component, side, architecture, config or {})
+            for side, config in ((new, tuned.config), (old, base.config))
+        ]
+        if sides[0] is None or sides[1] is None:  # absent, or a part of what the other has whole
+            continue
+        mine, place = sides[0], sides[1]
+        pairs[target] = mine, place
+        layers.update(mine.tensor.split("+"))
+        parts = architecture.parts_of(target.parts[0], target.component)
+        paired |= {target, *(Target(target.component, (part,)) for part in parts)}
+        if _shape(mine) != _shape(place):
+            shapes = f"{list(mine.shape)} in the tuned model, {list(place.shape)} in the base"
+            problems.append(f"{target}: {shapes}")
+    problems += [f"{t}: only in the base" for t in old if t not in paired]
+    matrices = {place.tensor for place in old.values()}
+    by_name = {bare_name(n, architecture): ref for n, ref in base.tensors.items() if n not in matrices}
     others = []
     for name, ref in tuned.tensors.items():
-        if name in covered[0]:
+        if name in layers:
             continue
         other = by_name.get(bare_name(name, architecture))
         others.append((ref, other))

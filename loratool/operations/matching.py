@@ -16,7 +16,7 @@ from loratool.architecture import Architecture
 from loratool.errors import MismatchError
 from loratool.layers import Excluded, Experts, Layer, Matrix
 from loratool.layouts import Rows, count, within
-from loratool.tensors import TensorRef, TensorSource, module_of
+from loratool.tensors import TensorRef, TensorSource, joined, module_of
 
 # transformers classes without a language-model head: their configs say tie_word_embeddings, yet there is nothing to tie
 _UNTIED_CLASSES = (
@@ -174,8 +174,28 @@ def _resolve_path(
     return [Slice(part, p, layout[part]) for part, p in zip(parts, places, strict=True)]
 
 
+def stitched(
+    path: str, component: str, known: Places, architecture: Architecture, config: Mapping[str, Any]
+) -> Place | None:
+    """Return a fused weight put together from the parts that a split base holds, or None where it does not."""
+    slices = _resolve_path(component, path, known, architecture, config)
+    first = slices[0].place if slices else None
+    if first is None or len(slices) < 2 or any(s.place.transposed or s.rows is None for s in slices):
+        return None
+    order = sorted((run.start, run, n) for n, s in enumerate(slices) for run in s.rows or ())
+    taken = [0] * len(slices)
+    pieces = []
+    for _, run, n in order:
+        runs = [run] if run.step == 1 else [range(row, row + 1) for row in run]
+        for one in runs:
+            pieces.append((one.start, slices[n].place.ref.rows(taken[n], taken[n] + len(one))))
+            taken[n] += len(one)
+    ref = joined("+".join(s.place.tensor for s in slices), [piece for _, piece in sorted(pieces, key=lambda p: p[0])])
+    return Place(ref, ref.name, 0, first.layer, first.role, transposed=False)
+
+
 def bare_name(name: str, architecture: Architecture) -> str:
-    """Return a tensor name in the file's spelling, less the leading element that may be absent: to compare two files."""
+    """Return a tensor name as it is on disk, less the leading element that may be absent: to compare two files."""
     name = architecture.on_disk(name)
     for prefixes in architecture.prefixes.values():
         for prefix in prefixes:

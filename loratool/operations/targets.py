@@ -15,6 +15,8 @@ from loratool.adapter import Finding
 from loratool.operations.survey import PRESETS, Module, Survey, main_towers
 from loratool.patterns import split
 
+_WIDTH = 100
+
 
 def targets(survey: Survey, preset: str) -> dict[str, Any]:
     """Return `target_modules` and `target_parameters` with which PEFT adapts exactly the modules of a preset.
@@ -42,6 +44,23 @@ def targets(survey: Survey, preset: str) -> dict[str, Any]:
         "target_modules": entries if all(isinstance(e, str) for e in entries) else _expression(entries),
         "target_parameters": _names(parameters, _ends(_all_parameters(survey) - {p.name for p in parameters})),
     }
+
+
+def pasteable(found: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a LoraConfig with these targets."""
+    lines = ["LoraConfig("]
+    for name, value in found.items():
+        if isinstance(value, str):
+            lines.append(f'    {name}=r"{value}",')
+        elif value or name == "target_modules":
+            one_line = f"    {name}=[{', '.join(map(_quoted, value))}],"
+            several = [f"    {name}=[", *(f"        {_quoted(v)}," for v in value), "    ],"]
+            lines += [one_line] if len(one_line) <= _WIDTH else several
+    return [*lines, ")"]
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'
 
 
 def shared(survey: Survey, preset: str) -> list[Finding]:

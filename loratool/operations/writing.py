@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from loratool.adapter import Adapter, Finding
+from loratool.adapter import Adapter, Delta, Finding, LowRank, Target
 from loratool.architecture import Architecture
-from loratool.errors import AmbiguityError, InputError
+from loratool.errors import AmbiguityError, InputError, MismatchError
 from loratool.hookspecs import Format
+from loratool.layouts import runs
 from loratool.plan import OutFile, Report
+from loratool.tensors import joined, padded, zeros
 
 
 def spell(
@@ -24,13 +27,15 @@ def spell(
 
     The report learns the files and what the format has to say about them.
     """
-    if adapter.rivals and format.name != adapter.origin.format:
-        raise AmbiguityError(
-            f"the names fit {' and '.join([adapter.families[0], *adapter.rivals])}, which spell them differently in "
-            f"{format.name}",
-            where=adapter.origin.path,
-            hint=f"choose: --arch {adapter.families[0]}",
-        )
+    if format.name != adapter.origin.format:
+        if adapter.rivals:
+            raise AmbiguityError(
+                f"the names fit {' and '.join([adapter.families[0], *adapter.rivals])}, which spell them differently "
+                f"in {format.name}",
+                where=adapter.origin.path,
+                hint=f"choose: --arch {adapter.families[0]}",
+            )
+        adapter = in_whole_modules(adapter, architecture)
     written = format.write(adapter, architecture, options)
     if written.losses and not drop_unmapped:
         raise InputError(
@@ -42,3 +47,65 @@ def spell(
     report.findings += [Finding("warning", format.name, note) for note in written.notes]
     report.findings += [Finding("warning", "dropped", loss) for loss in written.losses]
     return written.files
+
+
+def in_whole_modules(adapter: Adapter, architecture: Architecture | None) -> Adapter:
+    """Return the adapter with one delta for each module that the family has, by exact splitting and joining.
+
+    A delta that covers several modules is cut by its rows, `down` shared; deltas of parts of one fused weight become
+    one of the sum of their ranks.
+    """
+    deltas: dict[Target, tuple[Delta, ...]] = {}
+    parts: dict[Target, dict[str, LowRank]] = {}
+    for target, found in adapter.deltas.items():
+        weight, _, part = target.parts[0].rpartition("[")
+        if len(target.parts) > 1:
+            deltas |= _split(target, found)
+        elif weight and not part[:-1].isdecimal() and architecture is not None:
+            parts.setdefault(Target(target.component, (weight,)), {})[target.parts[0]] = found[0]
+        else:
+            deltas[target] = found
+    for target, pieces in parts.items():
+        assert architecture is not None
+        deltas[target] = (_join(target, pieces, architecture),)
+    return replace(adapter, deltas=deltas)
+
+
+def _split(target: Target, deltas: tuple[Delta, ...]) -> dict[Target, tuple[Delta, ...]]:
+    share, rest = divmod(deltas[0].up.shape[0], len(target.parts))
+    if rest:
+        raise MismatchError(f"{deltas[0].up.shape[0]} rows do not divide into its parts", where=str(target))
+    return {
+        Target(target.component, (part,)): tuple(
+            LowRank(d.down, d.up.rows(n * share, (n + 1) * share), d.scaling) for d in deltas
+        )
+        for n, part in enumerate(target.parts)
+    }
+
+
+def _join(target: Target, pieces: Mapping[str, LowRank], architecture: Architecture) -> LowRank:
+    """Return the delta of a fused weight: downs one below the other, ups side by side and zero elsewhere."""
+    names = architecture.parts_of(target.parts[0], target.component)
+    present = [pieces[name] for name in names if name in pieces]
+    rows = [pieces[name].up.shape[0] if name in pieces else 0 for name in names]
+    if 0 in rows and len({r for r in rows if r}) == 1:
+        rows = [max(rows)] * len(rows)  # what was not trained is as large as the rest, or the layout will not add up
+    if len({d.scaling for d in present}) > 1:
+        raise MismatchError(
+            "its parts have different scalings, so they have no common factors",
+            where=str(target),
+            hint="loratool resize folds the scalings in",
+        )
+    layout = architecture.layout(target.parts[0], target.component, sum(rows), {})
+    rank, before, ups = sum(d.rank for d in present), 0, []
+    for name, count in zip(names, rows, strict=True):
+        delta = pieces.get(name)
+        if delta is None:
+            ups.append(zeros("", (count, rank), present[0].up.dtype))
+        else:
+            ups.append(padded(delta.up, rank, before))
+            before += delta.rank
+    # row n of the joined ups belongs at places[n] of the weight: take them in the order of their places
+    places = [row for name in names for r in layout[name] for row in r]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return LowRank(joined("", [d.down for d in present]), joined("", ups).take(runs(order)), present[0].scaling)

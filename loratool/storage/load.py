@@ -55,7 +55,11 @@ class Loader:
             case "woven":
                 result = torch.stack([self(part) for part in view.of], dim=-1).flatten(1)
             case "padded":
-                result = torch.nn.functional.pad(self(view.of[0]), (0, ref.shape[1] - view.of[0].shape[1]))
+                inner, before = self(view.of[0]), len(view.ranges[0])
+                result = torch.nn.functional.pad(inner, (before, ref.shape[1] - inner.shape[1] - before))
+            case "rows":
+                whole = self._whole(view.of[0])
+                result = torch.cat([whole[r.start : r.stop : r.step] for r in view.ranges])
             case "transposed":
                 result = self._whole(view.of[0]).T
             case _:

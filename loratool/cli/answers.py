@@ -1,0 +1,92 @@
+"""What `loratool arch` answers about a model or an adapter, as Reports: open, find the family, ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loratool import api, testing
+from loratool.adapter import Finding
+from loratool.cli import subjects
+from loratool.errors import AmbiguityError, MismatchError
+from loratool.operations import survey as operation
+from loratool.operations import targets as for_peft
+from loratool.operations.survey import Survey
+from loratool.plan import Report
+from loratool.plugins import installed
+
+
+def about_model(path: str, arch: str, ranks: Sequence[int]) -> Report:
+    """Return the layers of a model, its totals, and under `adapters` what adapters on it weigh."""
+    subjects.require_path(path)
+    model = subjects.model(path, arch)
+    report = _report("show", model)
+    report.findings += operation.strangers(model.survey)
+    report.rows = operation.layers(model.survey)
+    report.totals |= operation.totals(model.survey)
+    report.totals["adapters"] = operation.sizes(model.survey, ranks or operation.RANKS)
+    return report
+
+
+def families_of(path: str) -> Report:
+    """Return the family of a model, or the families that know an adapter's names, and which others would fit."""
+    subjects.require_path(path)
+    if subjects.is_adapter(path):
+        adapter = api.open_adapter(path)
+        rows = [{"family": name, "knows_every_module": True} for name in adapter.families]
+        totals = {"format": adapter.origin.format, "base_model": adapter.base_model}
+        if not rows:
+            totals["family"] = "none knows every module"
+        return Report(
+            "arch detect", {"adapter": path}, totals=totals, rows=rows, findings=_with_plugins(adapter.findings)
+        )
+    try:
+        model = subjects.model(path, weights=False)
+    except AmbiguityError as problem:
+        opened = subjects.source(path)
+        finding = Finding("error", path, problem.what, problem.hint)
+        return Report("arch detect", {"model": path}, rows=subjects.candidates(opened, None), findings=[finding])
+    report = _report("detect", model)
+    report.rows = subjects.candidates(model.source, model.family.architecture)
+    return report
+
+
+def checked(what: str, arch: str, *, strict: bool) -> Report:
+    """Return what is wrong with a family, alone or with a model at hand, as error findings."""
+    architecture = subjects.family(what)
+    if architecture is not None:
+        report = Report("arch check", {"family": what}, totals={"family": architecture.name})
+        found = testing.problems(architecture, {})
+    else:
+        subjects.require_path(what)
+        model = subjects.model(what, arch)
+        report = _report("check", model)
+        shapes = model.survey.shapes
+        report.totals["tensors"] = len(shapes)
+        found = testing.problems(model.family.architecture, shapes, model.survey.config)
+        unmatched = testing.unmatched(model.family.architecture, shapes)
+        found += [f._replace(level="error") if strict else f for f in unmatched]
+    wrong = sum(f.level == "error" for f in found)
+    report.findings += found
+    report.totals["result"] = f"{wrong} problem{'s' * (wrong > 1)}" if wrong else "everything fits"
+    return report
+
+
+def selected(path: str, arch: str, preset: str) -> tuple[Survey, list[Finding]]:
+    """Return a model in which the preset has layers, and what should be known about training them."""
+    subjects.require_path(path)
+    model = subjects.model(path, arch)
+    if not model.survey.selected(preset):
+        others = ", ".join(p for p in operation.PRESETS if model.survey.selected(p))
+        hint = f"there is --preset {others}" if others else "see loratool arch show"
+        raise MismatchError(f"this model has no layer of the preset {preset}", where=path, hint=hint)
+    return model.survey, [*model.family.findings, *for_peft.shared(model.survey, preset)]
+
+
+def _with_plugins(findings: Sequence[Finding]) -> list[Finding]:
+    return [*findings, *installed().findings]
+
+
+def _report(verb: str, model: subjects.Model) -> Report:
+    totals = {"family": model.family.architecture.name, "found_by": model.family.by}
+    findings = _with_plugins(model.family.findings)
+    return Report(f"arch {verb}", {"model": model.source.path}, totals=totals, findings=findings)

@@ -1,0 +1,122 @@
+"""What a word after `loratool arch ...` means: a family, the model_type of one, a model, or an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loratool.errors import MismatchError, UsageError
+from loratool.plugins import installed
+from loratool.storage import checkpoint, jsonfile
+from loratool.tensors import TensorSource
+
+if TYPE_CHECKING:
+    from loratool.architecture import Architecture
+    from loratool.detection import Family
+    from loratool.operations.survey import Survey
+
+
+class Model(NamedTuple):
+    """An opened model, and the family that it is of."""
+
+    source: TensorSource
+    family: Family
+
+    @property
+    def survey(self) -> Survey:
+        """What the family says of it."""
+        from loratool.operations.survey import Survey
+
+        shapes = {name: ref.shape for name, ref in self.source.tensors.items()}
+        return Survey(self.family.architecture, shapes, self.source.config or {})
+
+
+def family(word: str) -> Architecture | None:
+    """Return the family of that name, or else the one whose configs say this model_type; None if there is neither."""
+    every = installed().architectures()
+    if word in installed().contested or any(a.name == word for a in every):
+        return installed().architecture(word)
+    named = [a for a in every if word in (*a.match.model_types, *a.match.classes)]
+    if len(named) > 1:
+        names = ", ".join(a.name for a in named)
+        raise UsageError(f"{word!r} is a model_type of {names}", hint="name one of them")
+    return named[0] if named else None
+
+
+def require_path(word: str) -> None:
+    """Raise UsageError, with what is near, where a word that names no family is no file or folder either."""
+    if Path(word).exists():
+        return
+    if "/" in word or word.endswith((".safetensors", ".json")):
+        raise UsageError("no such file or folder", where=word)
+    every = installed().architectures()
+    near = get_close_matches(word, [n for a in every for n in (a.name, *a.match.model_types)], n=3, cutoff=0.7)
+    try:
+        installed().architecture(word)
+    except UsageError as problem:
+        meant = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+        raise UsageError(f"{problem.what}, and there is no such file", hint=meant + problem.hint) from None
+
+
+def source(path: str) -> TensorSource:
+    """Open a model: a folder, a weights file, or a config.json alone, which has no tensors."""
+    place = Path(path)
+    config = place / "config.json" if place.is_dir() else place
+    weights = place.is_dir() and any(p.suffix != ".json" for p in place.iterdir() if p.is_file())
+    if config.name.endswith(".json") and not config.name.endswith(".index.json") and config.is_file() and not weights:
+        return TensorSource(path, {}, {}, jsonfile.read(config))
+    return checkpoint.open_base(path)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a path is an adapter: by the files in a folder, by the names in a file."""
+    if Path(path).is_dir():
+        return checkpoint.is_adapter_folder(path)
+    opened = source(path)
+    return any(f.detect(opened) for f in installed().formats())
+
+
+def model(path: str, arch: str = "", *, weights: bool = True) -> Model:
+    """Open a model and find its family; errors say what to do where it is none, has none, or has no weights."""
+    from loratool.detection import family_of
+
+    if is_adapter(path):
+        raise UsageError("this is an adapter, and a model is needed here", where=path, hint=f"loratool inspect {path}")
+    opened = source(path)
+    if weights and not opened.tensors:
+        what = "a config.json alone does not say which weights there are"
+        raise MismatchError(what, where=path, hint="give the folder with the weights: only their headers are read")
+    found = family_of(opened, installed(), arch)
+    if found is None:
+        kind = kind_of(opened.config or {}) or "no config"
+        hint = "add one with -p FILE (30 lines: docs/plugins.md), or name one with --arch: loratool arch list"
+        raise MismatchError(f"no installed family fits this model ({kind})", where=path, hint=hint)
+    return Model(opened, found)
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Return what a config calls its model."""
+    return str(config.get("model_type") or config.get("_class_name") or "")
+
+
+def candidates(opened: TensorSource, chosen: Architecture | None) -> list[dict[str, Any]]:
+    """Return a row for each family that a model's config names or that knows all its weights."""
+    from loratool.detection import fits, matrices
+
+    weights = matrices(opened.tensors)
+    rows = []
+    for one in installed().architectures():
+        named = one.match.fits(opened.config or {})
+        knows = bool(weights) and fits(one, weights)
+        if named or knows or one is chosen:
+            alike = chosen is not None and all(_reading(one, path) == _reading(chosen, path) for path in weights)
+            row = {"family": one.name, "config_names_it": named, "knows_every_weight": knows}
+            rows.append({**row, **({"reads_them_alike": alike} if chosen else {}), "chosen": one is chosen})
+    return sorted(rows, key=lambda row: not row["chosen"])
+
+
+def _reading(one: Architecture, path: str) -> object:
+    known = one.find(path)
+    return known and (known.parts, known.layer.transposed)
