@@ -117,10 +117,10 @@ class Origin:
 class Adapter:
     """One LoRA adapter: targets and their deltas, and what else the files held.
 
-    `families` are the architectures that explain every name, `rivals` others that do and mean other modules. `base_copies` are untouched base weights that were saved
-    along (PEFT does so for embeddings). `tensors` are all of the files, `consumed` the names of those that were read
-    for their value (alphas), `skipped` those that the user's globs left out.
-    `findings` is everything that reading noticed.
+    `families` are the architectures that explain every name, `rivals` others that do and mean other modules.
+    `base_copies` are untouched base weights that were saved along (PEFT does so for embeddings). `tensors` are all of
+    the files, `consumed` the names of those that were read for their value (alphas), `skipped` those that the user's
+    globs left out. `findings` is everything that reading noticed.
     """
 
     deltas: Mapping[Target, tuple[Delta, ...]]

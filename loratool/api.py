@@ -17,7 +17,7 @@ from loratool.adapter import Adapter, Finding
 from loratool.architecture import Architecture
 from loratool.detection import family_of
 from loratool.engine import EVERYTHING, Progress, Resources
-from loratool.errors import FormatError, MismatchError, UsageError
+from loratool.errors import FormatError, UsageError
 from loratool.hookspecs import Format
 from loratool.operations.resize import Rule
 from loratool.plan import Plan, Report
@@ -90,7 +90,7 @@ def merge(
     architecture, notes = _family(opened, reading.pop("arch", ""), running)
     pairs = [
         (
-            open_adapter(path, arch=architecture.name, **reading)
+            open_adapter(path, arch=architecture, **reading)
             .require_sound()
             .selected(_patterns(target), _patterns(exclude)),
             weight,
@@ -200,7 +200,7 @@ def compare(first: StrPath, second: StrPath, **settings: Unpack[Settings]) -> Re
 def open_adapter(
     path: StrPath,
     *,
-    arch: str = "",
+    arch: str | Architecture = "",
     format: str = "",
     alpha: float | None = None,
     allow_pickle: bool = False,
@@ -217,7 +217,9 @@ def open_adapter(
             where=path,
             hint="choose with --format" if names else "loratool formats lists them; is it a base model?",
         )
-    families = (plugins.architecture(arch),) if arch else plugins.architectures()
+    families = plugins.architectures()
+    if arch:
+        families = (plugins.architecture(arch) if isinstance(arch, str) else arch,)
     return formats[0].read(source, families)
 
 
@@ -246,17 +248,23 @@ def _family(base: checkpoint.Checkpoint, arch: str, running: Mapping[str, Any]) 
     """Return the family of a base, and what to say about how it was found."""
     plugins = _plugins(running)
     family = family_of(base, plugins, arch)
-    kind = (base.config or {}).get("model_type") or (base.config or {}).get("_class_name")
     if family is None:
-        names = ", ".join(a.name for a in plugins.architectures())
         if any(f.detect(base) for f in plugins.formats()):
             raise UsageError("this is an adapter, and a model is needed here", where=base.path)
-        raise MismatchError(
-            f"no installed family fits this model ({kind or 'no config'})",
-            where=base.path,
-            hint=f"add one with -p FILE (30 lines: docs/plugins.md); or --arch, if it is one of {names}",
-        )
+        return _discovered(base)
     return family.architecture, list(family.findings)
+
+
+def _discovered(base: checkpoint.Checkpoint) -> tuple[Architecture, list[Finding]]:
+    """Return the family of a model that no plugin describes: by transformers from its config, else from its headers."""
+    from loratool import discovery
+
+    shapes = {name: ref.shape for name, ref in base.tensors.items()}
+    found, findings = discovery.from_config(base.config, shapes) if base.config else (None, ())
+    if found is None:
+        found, more = discovery.from_headers(shapes)
+        findings = (*findings, *more)
+    return found, list(findings)
 
 
 def _spelling(format: Format, out: Path, config: Mapping[str, object] | None) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """How the output rows of a fused weight lie: which rows are q, which are k, which are v.
 
 Every layout in use is one formula. The rows come in `groups` equal groups; a group holds, one after another,
-`widths[n]` rows of each part n. So part n owns rows  g * W + offset(n) + [0, widths[n])  for every group g, with W = sum(widths).
+`widths[n]` rows of each part n. With W = sum(widths), part n owns for every group g the `widths[n]` rows from
+g * W + widths[0] + ... + widths[n - 1] on.
 
     concat            groups = 1             [q; k; v]                                   Baichuan, Phi-3, MPT
     interleave_heads  groups = heads         [q0 k0 v0; q1 k1 v1; ...]                   BLOOM, GPT-NeoX, Falcon

@@ -91,7 +91,7 @@ def _folded(found: list[Finding]) -> list[Finding]:
 
 
 def unmatched(architecture: Architecture, shapes: Shapes) -> list[Finding]:
-    """Return a warning for each pattern of a family that matches no tensor: a misspelling, or a layer that is optional.
+    """Return a note for each pattern of a family that matches no tensor: a misspelling, or a layer that is optional.
 
     What a family shares with another is that family's; of tied weights a file holds one.
     """
@@ -102,7 +102,7 @@ def unmatched(architecture: Architecture, shapes: Shapes) -> list[Finding]:
     parent = _parent(architecture)
     inherited = {skeleton.text for skeleton, _ in parent.skeletons()} if parent else set()
     return [
-        Finding("warning", skeleton.text, "matches no tensor")
+        Finding("info", skeleton.text, "matches no tensor")
         for skeleton, _ in family.skeletons()
         if skeleton.text not in present | tied | inherited
     ]

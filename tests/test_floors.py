@@ -13,7 +13,7 @@ FLOORS = [
     ("formats", "storage"),
     ("operations", "engine"),
     ("plugins",),
-    ("detection", "testing"),
+    ("detection", "discovery", "testing"),
     ("api",),
     ("demo",),
     ("cli",),

@@ -50,6 +50,15 @@ def families_of(path: str) -> Report:
     return report
 
 
+def summed_up(report: Report) -> Report:
+    """Return a report of families_of with the families that were not chosen in two lists."""
+    others = [row for row in report.rows if not row.get("chosen", True)]
+    for name, alike in (("reading_it_alike", True), ("reading_it_otherwise", False)):
+        report.totals[name] = [row["family"] for row in others if row["reads_them_alike"] is alike]
+    report.rows = []
+    return report
+
+
 def checked(what: str, arch: str, *, strict: bool) -> Report:
     """Return what is wrong with a family, alone or with a model at hand, as error findings."""
     architecture = subjects.family(what)

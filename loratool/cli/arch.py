@@ -39,18 +39,20 @@ def command() -> None:
 @_taking
 def list_(as_json: bool) -> None:
     """List every family that this installation knows."""
+    from loratool.cli.subjects import fitted
     from loratool.plugins import installed
 
-    shown = list if as_json else _fitted
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "family": a.name,
-            "model_types": shown((*a.match.model_types, *a.match.classes)),
+            "model_types": [*a.match.model_types, *a.match.classes],
             "layer_patterns": len(a.layers),
-            "default_targets": shown(a.default_targets),
+            "default_targets": list(a.default_targets),
         }
         for a in installed().architectures()
     ]
+    for row in () if as_json else rows:
+        row |= {"model_types": fitted(row["model_types"], 29), "default_targets": fitted(row["default_targets"], 24)}
     render.findings(installed().findings)
     render.listing(rows, as_json=as_json)
 
@@ -66,17 +68,18 @@ def show(what: str, ranks: tuple[int, ...], arch: str, as_json: bool) -> None:
     ./NAME for a folder that is called like a family. Sizes are those of an adapter that PEFT makes.
     """
     from loratool.cli import answers, subjects
-    from loratool.operations.survey import family_layers
+    from loratool.operations.survey import brief, family_layers
 
     family = subjects.family(what)
     if family is not None:
         if family.name != what:
             render.note(f"{what} is a model_type of the {family.name} family")
-        return render.listing(family_layers(family), as_json=as_json)
+        rows = family_layers(family)
+        return render.listing(rows if as_json else brief(rows), as_json=as_json)
     report = answers.about_model(what, arch, ranks)
     if as_json:
         return _print(report, as_json=True)
-    sizes = report.totals.pop("adapters")
+    sizes, report.rows = report.totals.pop("adapters"), brief(report.rows)
     _print(report)
     render.heading("Adapters on it, by preset and rank")
     return render.listing(sizes, as_json=False)
@@ -93,8 +96,9 @@ def detect(path: str, as_json: bool) -> int:
     from loratool.cli import answers
 
     report = answers.families_of(path)
-    _print(report, as_json=as_json)
-    return 0 if report.rows and not any(f.level == "error" for f in report.findings) else 3
+    failed = any(f.level == "error" for f in report.findings)
+    _print(report if as_json or failed else answers.summed_up(report), as_json=as_json)
+    return 3 if failed else 0
 
 
 @command.command()
@@ -136,15 +140,6 @@ def targets(path: str, preset: str, arch: str, as_json: bool) -> None:
     count = sum(module.parameters(1) for module in chosen)
     render.note(f"{survey.architecture.name}, {preset}: {len(chosen):,} modules, {count:,} parameters a rank")
     return render.snippet(pasteable(names(survey, preset)))
-
-
-def _fitted(names: tuple[str, ...], width: int = 36) -> str:
-    """Return the first names that fit a column, and how many more there are."""
-    text = ", ".join(names)
-    while len(text) > width and ", " in text:
-        text = text[: text.rindex(", ")]
-    more = len(names) - text.count(", ") - 1
-    return f"{text} and {more} more" if more > 0 else text
 
 
 def _print(report: Report, *, as_json: bool = False) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,13 +50,10 @@ def require_path(word: str) -> None:
         return
     if "/" in word or word.endswith((".safetensors", ".json")):
         raise UsageError("no such file or folder", where=word)
-    every = installed().architectures()
-    near = get_close_matches(word, [n for a in every for n in (a.name, *a.match.model_types)], n=3, cutoff=0.7)
     try:
         installed().architecture(word)
     except UsageError as problem:
-        meant = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
-        raise UsageError(f"{problem.what}, and there is no such file", hint=meant + problem.hint) from None
+        raise UsageError(f"{problem.what}, and there is no such file", hint=problem.hint) from None
 
 
 def source(path: str) -> TensorSource:
@@ -112,7 +108,7 @@ def candidates(opened: TensorSource, chosen: Architecture | None) -> list[dict[s
         knows = bool(weights) and fits(one, weights)
         if named or knows or one is chosen:
             alike = chosen is not None and all(_reading(one, path) == _reading(chosen, path) for path in weights)
-            row = {"family": one.name, "config_names_it": named, "knows_every_weight": knows}
+            row = {"family": one.name, "named_by_config": named, "knows_every_weight": knows}
             rows.append({**row, **({"reads_them_alike": alike} if chosen else {}), "chosen": one is chosen})
     return sorted(rows, key=lambda row: not row["chosen"])
 
@@ -120,3 +116,13 @@ def candidates(opened: TensorSource, chosen: Architecture | None) -> list[dict[s
 def _reading(one: Architecture, path: str) -> object:
     known = one.find(path)
     return known and (known.parts, known.layer.transposed)
+
+
+def fitted(names: list[str], width: int) -> str:
+    """Return the first names that fit a column, and how many more there are."""
+    for shown in range(len(names), 0, -1):
+        rest = f" and {len(names) - shown} more" if shown < len(names) else ""
+        text = ", ".join(names[:shown]) + rest
+        if len(text) <= width:
+            return text
+    return "…" + text[1 - width :] if names else ""

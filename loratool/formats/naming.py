@@ -92,7 +92,7 @@ def build(
 class Readings(NamedTuple):
     """Who explains the names of a file: the families that agree, the plainest first, and what each module is to them.
 
-    `rivals` explain all names as well as these, and mean other modules by them.
+    `rivals` explain all names as well as these, and mean other modules by them, or write them otherwise.
     """
 
     families: tuple[str, ...] = ()
@@ -134,7 +134,10 @@ def resolve(
     distances = {name: sum(k.distance for k in found[name].values()) for name in found}
     nearest = [a for a in architectures if distances.get(a.name) == min(distances[n] for n in clear)]
     names = [a.name for a in plainest(nearest, architectures)]
-    targets = {name: {m: (k.component, k.parts) for m, k in found[name].items()} for name in names}
+    targets = {
+        a.name: {m: (k.component, k.parts, a.kohya_prefix(k.component)) for m, k in found[a.name].items()}
+        for a in nearest
+    }
     first = next(name for name in names if name in clear)
     agreed = tuple(name for name in names if name in clear and targets[name] == targets[first])
     return Readings(agreed, found[first], tuple(name for name in names if name not in agreed))

@@ -43,8 +43,8 @@ _HARMLESS = {
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
     "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern",
-    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora", "velora_config", "merge_weights",
-    "tuner_type",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora", "velora_config",
+    "merge_weights", "tuner_type",
 }  # fmt: skip
 _REPEAT = re.compile(r"\{(?:[0-9]+(?:,[0-9]*)?|,[0-9]*)\}")
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")

@@ -119,7 +119,7 @@ def swapped(
     old = None if version is None else tuple(map(int, version.groups())) < (0, 19)
     findings: list[Finding] = []
     result = {}
-    for module, parts in stacks.items():
+    for module in stacks:
         layer = known[module].layer
         if isinstance(layer, Experts) and layer.in_out != layer.flipped_in_memory:
             result[module] = False  # (experts, in, out) in memory: no PEFT took it for anything else
@@ -137,7 +137,7 @@ def swapped(
 
 
 def _shown(siblings: Sequence[Parts]) -> bool | None:
-    """Return what the shapes of the pair (in, out) of one module show: A of the first takes what B of the last gives."""
+    """Return what the shapes of a module's two pairs show: A of the first takes what B of the last gives."""
     shapes = [(p.down.shape[1], p.up.shape[0]) for p in siblings if p.down is not None and p.up is not None]
     if len(shapes) != 2:
         return None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from loratool import expressions, layouts
 from loratool.adapter import Finding
@@ -125,15 +125,18 @@ class Survey:
         return [m for m in found if m.template[-1] not in refused]
 
 
-def _lexicons(architecture: Architecture) -> dict[str, Lexicon[Layer]]:
-    entries: dict[str, list[tuple[str, Layer]]] = {c: [] for c in architecture.components}
+_Lexicons: TypeAlias = Mapping[str, Lexicon[tuple[Skeleton, Layer]]]
+
+
+def _lexicons(architecture: Architecture) -> _Lexicons:
+    entries: dict[str, list[tuple[str, tuple[Skeleton, Layer]]]] = {c: [] for c in architecture.components}
     for skeleton, layer in architecture.skeletons():
-        entries[layer.component].append((skeleton.text, layer))
+        entries[layer.component].append((skeleton.text, (skeleton, layer)))
     return {component: Lexicon(pairs) for component, pairs in entries.items()}
 
 
 def _weights_of(
-    name: str, shape: tuple[int, ...], family: Architecture, lexicons: Mapping[str, Lexicon[Layer]], config: Any
+    name: str, shape: tuple[int, ...], family: Architecture, lexicons: _Lexicons, config: Any
 ) -> Iterator[Weight]:
     known = family.find(module_of(name))
     if known is None:
@@ -147,11 +150,20 @@ def _weights_of(
         whole = path.partition("[")[0]
         found = lexicons[known.component].find(whole)
         if found is not None:
+            skeleton, layer = found.value
+            kernel = prod(inner[2:]) if inner[2:] else 0 if _is_conv(layer) else 1
             yield Weight(
-                name, known.component, whole, found.value, found.value.role(found.skeleton), found.skeleton,
-                out // len(one.parts), inputs, prod(inner[2:]) if inner[2:] else 0 if _is_conv(found.value) else 1,
+                name,
+                known.component,
+                whole,
+                layer,
+                layer.role(skeleton),
+                skeleton,
+                out // len(one.parts),
+                inputs,
+                kernel,
                 shape[0] if stacked else 1,
-            )  # fmt: skip
+            )
 
 
 def _is_conv(layer: Layer) -> bool:
@@ -322,7 +334,27 @@ def layers(survey: Survey) -> list[dict[str, Any]]:
             "parameters": len(found) * prod(shape),
         }
         rows.append(row)
-    return rows
+    order = {skeleton.text: n for n, (skeleton, _) in enumerate(survey.architecture.skeletons())}
+    return sorted(rows, key=lambda row: order.get(row["layer"].partition("+")[0], 0))
+
+
+def brief(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of `layers` or `family_layers` in few columns, the most telling first."""
+    short = []
+    for row in rows:
+        if "count" in row:
+            shape = " x ".join(map(str, row["shape"]))
+            columns = {"times": row["count"], "of": shape, "parameters": row["parameters"], "is": _in_words(row)}
+        else:
+            fused = f"{row['fused']} ({row['layout']})" if row["fused"] else ""
+            columns = {"is": _in_words(row), "default": "yes" if row["default"] else "", "fused": fused}
+        short.append({"layer": row["layer"], **columns})
+    return short
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    kind = "" if row["kind"] == "linear" or row["kind"].startswith(row["group"]) else row["kind"]
+    return " ".join(filter(None, (row["tower"], row["group"], row["role"], kind)))
 
 
 def totals(survey: Survey) -> dict[str, Any]:
@@ -331,8 +363,8 @@ def totals(survey: Survey) -> dict[str, Any]:
     return {
         "modules": len(survey.modules),
         "parameters": sum(everything.values()),
-        "of_which_1d": sum(n for name, n in everything.items() if len(survey.shapes[name]) < 2),
-        "not_known": len(survey.unknown),
+        "norms_and_biases": sum(n for name, n in everything.items() if len(survey.shapes[name]) < 2),
+        "unknown_weights": len(survey.unknown),
     }
 
 

@@ -81,21 +81,21 @@ BEIT = Architecture(
 
 
 def _dinov2(root: str, name: str, tokens: str, classes: tuple[str, ...]) -> Architecture:
-    attention = f"{root}.encoder.layer.{{i}}.attention"
+    attention, mlp = (f"{root}.encoder.layer.{{i}}.{part}" for part in ("attention", "mlp"))
     return Architecture(
         name=name,
         match=Match(model_types=(root,)),
         layers=(
             *_layers(root, tokens, ("mlp.fc1", "mlp.fc2")),
-            Linear(f"{root}.encoder.layer.{{i}}.mlp.(weights_in|weights_out)", group="mlp", roles=("gate_up", "down")),
+            Linear(f"{mlp}.(weights_in|weights_out)", group="mlp", roles=("gate_up", "down")),
         ),
         default_targets=("query", "value"),
-        fused=(Fused(f"{root}.encoder.layer.{{i}}.mlp.weights_in", parts=("gate", "up"), layout=concat(parts=2)),),
+        fused=(Fused(f"{mlp}.weights_in", parts=("gate", "up"), layout=concat(parts=2)),),
         memory=(
             f"{attention}.(q_proj|k_proj|v_proj) = {attention}.attention.(query|key|value)",
             f"{attention}.o_proj = {attention}.output.dense",
-            f"{root}.encoder.layer.{{i}}.mlp.(gate_proj|up_proj) = {root}.encoder.layer.{{i}}.mlp.weights_in[(gate|up)]",
-            f"{root}.encoder.layer.{{i}}.mlp.down_proj = {root}.encoder.layer.{{i}}.mlp.weights_out",
+            f"{mlp}.(gate_proj|up_proj) = {mlp}.weights_in[(gate|up)]",
+            f"{mlp}.down_proj = {mlp}.weights_out",
         ),
         prefixes={"": (f"{root}.",)},
         headless=classes,

@@ -624,6 +624,21 @@ def test_what_a_library_would_act_on_is_taken_out(setting, saved):
     assert discovery.from_config({**one.config, **setting}, one.shapes)[0] is not None
 
 
+def test_pointers_to_remote_code_do_not_even_reach_the_library(saved, monkeypatch):
+    import transformers
+
+    seen = []
+    original = transformers.LlavaConfig.from_dict.__func__
+    monkeypatch.setattr(
+        transformers.LlavaConfig, "from_dict", classmethod(lambda cls, d: (seen.append(d), original(cls, d))[1])
+    )
+    one = saved("llava")
+    remote = {"auto_map": {"AutoModel": "a.B"}, "_name_or_path": "a"}
+    config = {**one.config, **remote, "text_config": {**one.config["text_config"], **remote}}
+    assert discovery.from_config(config, one.shapes)[0] is not None
+    assert [set(remote) & set(d) for d in (seen[0], seen[0]["text_config"])] == [set(), set()]
+
+
 def test_the_network_is_out_of_reach_while_a_model_is_built(saved, monkeypatch):
     from huggingface_hub import constants
 

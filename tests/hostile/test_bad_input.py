@@ -597,10 +597,12 @@ def test_unknown_families_and_formats_list_what_exists(tmp_path: Path, base: str
     refused(USAGE, "convert", "adapter", "-o", "out", "--to", "peff", says=("'peff'", "kohya", "peft"))
 
 
-def test_a_model_of_no_family_lists_the_families(tmp_path: Path, refused: Refused) -> None:
+def test_a_model_of_no_family_is_read_by_its_headers_and_what_is_not_there_refused(
+    tmp_path: Path, refused: Refused
+) -> None:
     write_base(tmp_path / "base", {"strange.weight": torch.ones(3, 4)}, model_type="strange")
     write_adapter(tmp_path / "adapter")
-    refused(INPUT, *VERBS["merge"], says=("strange", "llama", "--arch"))
+    refused(INPUT, *VERBS["merge"], says=("does not fit this base", "self_attn.q_proj"))
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,9 @@ def digest_of(path: Path) -> str:
 
 def count_units(log: Path) -> None:
     """Write the key of every unit that runs to `log`."""
-    from loratool.operations import extract, merge, resize
+    from loratool.operations import extract, panels, resize
 
-    for kind in (merge.MergePanel, extract.ExtractModule, extract.CompareRest, resize.ResizeModule):
+    for kind in (panels.MergePanel, extract.ExtractModule, extract.CompareRest, resize.ResizeModule):
         _logged(kind, log)
 
 
@@ -217,9 +217,9 @@ def others(out: Path) -> list[str]:
 def slow(arguments: list[str], pause: float, but_first: bool = False) -> None:
     """Run the command line with a pause in every unit."""
     from loratool.cli.main import main
-    from loratool.operations import merge
+    from loratool.operations import panels
 
-    run, started = merge.MergePanel.run, []
+    run, started = panels.MergePanel.run, []
 
     def dawdling(self: Any, load: Any, emit: Any) -> Any:
         started.append(self)
@@ -227,7 +227,7 @@ def slow(arguments: list[str], pause: float, but_first: bool = False) -> None:
             time.sleep(pause)
         return run(self, load, emit)
 
-    merge.MergePanel.run = dawdling  # type: ignore[method-assign]
+    panels.MergePanel.run = dawdling  # type: ignore[method-assign]
     main(arguments)
 
 
