@@ -157,8 +157,11 @@ class Architecture:
                 return found if spelling is path or component in self.bare_in_memory else found._replace(distance=1)
         for spelling in spellings if depth else ():
             for rule in self.rules:
+                stands_for = rule.apply(spelling)
+                if stands_for is None:
+                    continue
                 axis = "{" + rule.axis + "}"
-                parts = [part.replace(axis, _OPEN) for part in rule.apply(spelling) or ()]
+                parts = [part.replace(axis, _OPEN) for part in stands_for]
                 known = [k for k in (self._find(component, part, depth - 1) for part in parts) if k]
                 if known and len(known) == len(parts):
                     return _combined(known, rule.axis)

@@ -29,6 +29,7 @@ _DIGITS = re.compile(r"(?<![^._[])[0-9]{1,9}(?![^._\]])")  # a number that is a 
 T = TypeVar("T")
 
 
+@lru_cache(maxsize=8192)
 def split(path: str) -> tuple[str, ...]:
     """Return the elements of a path: `a.b[q]` has three, a, b and [q]."""
     return tuple((path.replace("[", ".[") if "[" in path else path).split("."))
@@ -134,6 +135,11 @@ def _ends(elements: tuple[str, ...], names: tuple[str, ...]) -> bool:
     return any(_match(elements, names[at : at + size]) is not None for at in range(len(names) - size + 1))
 
 
+def outline(path: str) -> str:
+    """Return a path with every number in it as #: layers of one kind have one outline."""
+    return _DIGITS.sub("#", path)
+
+
 def flatten(path: str) -> str:
     """Return kohya's flat spelling of a path: dots become underscores."""
     return path.replace(".", "_")
@@ -165,7 +171,7 @@ class Lexicon(Generic[T]):
             for skeleton in parse(pattern):
                 if "*" in skeleton.text:
                     raise UsageError(f"the pattern {pattern!r} has a wildcard", hint="layers name every element")
-                key = _DIGITS.sub("#", re.sub(r"\{\w+\}", "#", skeleton.text))
+                key = outline(re.sub(r"\{\w+\}", "#", skeleton.text))
                 self._dotted.setdefault(key, []).append((skeleton, value))
                 self._flat.setdefault(flatten(key), []).append((skeleton, value))
 
@@ -175,7 +181,7 @@ class Lexicon(Generic[T]):
 
     def find(self, path: str) -> Found[T] | None:
         """Return the pattern that matches a dotted path, or None."""
-        for skeleton, value in self._dotted.get(_DIGITS.sub("#", path), ()):
+        for skeleton, value in self._dotted.get(outline(path), ()):
             if skeleton.match(path) is not None:
                 return Found(path, value, skeleton)
         return None
@@ -184,7 +190,7 @@ class Lexicon(Generic[T]):
         """Return every dotted path of these patterns whose flat spelling is `flat`: none, one, or an ambiguity."""
         numbers = [int(n) for n in _DIGITS.findall(flat)]
         found = []
-        for skeleton, value in self._flat.get(_DIGITS.sub("#", flat), ()):
+        for skeleton, value in self._flat.get(outline(flat), ()):
             path = _place(skeleton, numbers)
             if path is not None and flatten(path) == flat:
                 found.append(Found(path, value, skeleton))

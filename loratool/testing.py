@@ -53,18 +53,18 @@ def check_architecture(
     `shapes_of(one) | shapes_of(other)`. Without any, only what the family says of itself is checked. `config` is the
     model's config.json, which the sizes of fused weights come from; without it those that need one are not checked.
     """
-    found = [*problems(architecture, shapes, config), *(unmatched(architecture, shapes) if shapes else ())]
+    found = problems(architecture, shapes, config)
+    if shapes and not _contradictions(architecture):
+        found += unmatched(architecture, shapes)
     return [f"{finding.where}: {finding.what}" for finding in found]
 
 
 def problems(architecture: Architecture, shapes: Shapes, config: Mapping[str, Any] | None = None) -> list[Finding]:
     """Return error findings: contradictions in a family, and what of a model it does not explain."""
-    try:
-        family = _completed(architecture)
-        family.validate()
-        _ = [*family.skeletons(), *family.rules]
-    except LoratoolError as problem:
-        return [Finding("error", architecture.name, problem.what, problem.hint)]
+    contradictions = _contradictions(architecture)
+    if contradictions:
+        return contradictions
+    family = _completed(architecture)
     return _folded(
         [
             *_rules(family),
@@ -75,6 +75,16 @@ def problems(architecture: Architecture, shapes: Shapes, config: Mapping[str, An
             *_targets(family),
         ]
     )
+
+
+def _contradictions(architecture: Architecture) -> list[Finding]:
+    """Return what makes a family unusable, whatever the model; nothing else can be asked of it then."""
+    try:
+        family = _completed(architecture)
+        family.validate()
+    except LoratoolError as problem:
+        return [Finding("error", architecture.name, problem.what, problem.hint)]
+    return []
 
 
 def _folded(found: list[Finding]) -> list[Finding]:

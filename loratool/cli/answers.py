@@ -32,13 +32,13 @@ def families_of(path: str) -> Report:
     subjects.require_path(path)
     if subjects.is_adapter(path):
         adapter = api.open_adapter(path)
-        rows = [{"family": name, "knows_every_module": True} for name in adapter.families]
-        totals = {"format": adapter.origin.format, "base_model": adapter.base_model}
-        if not rows:
-            totals["family"] = "none knows every module"
-        return Report(
-            "arch detect", {"adapter": path}, totals=totals, rows=rows, findings=_with_plugins(adapter.findings)
-        )
+        report = Report("arch detect", {"adapter": path}, findings=_with_plugins(adapter.findings))
+        report.totals = {"format": adapter.origin.format, "base_model": adapter.base_model}
+        report.totals["families"] = list(adapter.families)
+        report.rows = [{"family": name, "knows_every_module": True} for name in adapter.families]
+        if not report.rows:
+            report.findings.append(Finding("error", path, "no family knows every module of this adapter"))
+        return report
     try:
         model = subjects.model(path, weights=False)
     except AmbiguityError as problem:

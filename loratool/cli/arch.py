@@ -20,7 +20,7 @@ Examples:
   loratool arch targets base --preset all-linear
   loratool arch list -p my_family.py
 """
-_PRESETS = ("default", "attention", "mlp", "all-linear")
+PRESETS = ("default", "attention", "mlp", "all-linear")
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 _taking = options.stack(options.plugin, _json)
 _reading = options.stack(options.arch, options.plugin, _json)
@@ -89,9 +89,9 @@ def show(what: str, ranks: tuple[int, ...], arch: str, as_json: bool) -> None:
 @click.argument("path")
 @_taking
 def detect(path: str, as_json: bool) -> int:
-    """Say which family a model or an adapter is of, how that was found, and which others would fit.
+    """Say which family a model or an adapter is of.
 
-    Exit code 3 where no family fits, or several that read the weights differently.
+    And how that was found, and which others would fit. Exit code 3 where no family fits, or several that read the weights differently.
     """
     from loratool.cli import answers
 
@@ -106,9 +106,9 @@ def detect(path: str, as_json: bool) -> int:
 @click.option("--strict", is_flag=True, help="Patterns that match nothing fail too: for a family of your own.")
 @_reading
 def check(what: str, strict: bool, arch: str, as_json: bool) -> int:
-    """Check a family against a model, or a family alone; exit code 3 where something does not fit.
+    """Check a family against a model, or by itself.
 
-    Weights that no layer explains, names that mean one layer, sizes that do not divide, rules that lead nowhere.
+    Exit code 3 where something does not fit: weights that no layer explains, names that mean one layer, sizes that do not divide, rules that lead nowhere.
     Patterns that match nothing are warnings, as a family has layers that a single model lacks.
     """
     from loratool.cli import answers
@@ -120,7 +120,7 @@ def check(what: str, strict: bool, arch: str, as_json: bool) -> int:
 
 @command.command()
 @click.argument("path")
-@click.option("--preset", type=click.Choice(_PRESETS), default="default", show_default=True, help="Which layers.")
+@click.option("--preset", type=click.Choice(PRESETS), default="default", show_default=True, help="Which layers.")
 @_reading
 def targets(path: str, preset: str, arch: str, as_json: bool) -> None:
     """Print target_modules and target_parameters for a PEFT LoraConfig.

@@ -114,8 +114,9 @@ def candidates(opened: TensorSource, chosen: Architecture | None) -> list[dict[s
 
 
 def _reading(one: Architecture, path: str) -> object:
+    """What decides how the bytes of a weight are taken; what a family calls it does not."""
     known = one.find(path)
-    return known and (known.parts, known.layer.transposed)
+    return known and (known.layer.transposed, known.layer.kind, len(known.parts), known.axis)
 
 
 def fitted(names: list[str], width: int) -> str:

@@ -13,6 +13,7 @@ from loratool import dtypes
 from loratool.adapter import Delta, Finding, LowRank, Target
 from loratool.architecture import Architecture, Known, plainest
 from loratool.errors import AmbiguityError
+from loratool.patterns import outline
 from loratool.tensors import TensorRef
 
 
@@ -109,14 +110,19 @@ def resolve(
     """Ask every family what the modules are; nothing is found where no family explains all of them.
 
     `readings(architecture, module)` lists what the module may be; two readings in one family are an error. Of families
-    that disagree those are meant whose own spelling is nearest.
+    that disagree those are meant whose own spelling is nearest. A mixture of experts has tens of thousands of modules:
+    the candidates are judged by two modules of each kind, and what the chosen one says is then asked for each.
     """
     modules = list(modules)
+    some: dict[str, list[str]] = {}
+    for module in modules:
+        some.setdefault(outline(module), []).append(module)
+    samples = [m for alike in some.values() for m in {alike[0], alike[-1]}]
     found: dict[str, dict[str, Known]] = {}
     unclear: dict[str, str] = {}  # family -> what a name can be in it
     for architecture in architectures if modules else ():
         mapping = {}
-        for module in modules:
+        for module in samples:
             known = readings(architecture, module)
             if not known:
                 break
@@ -133,11 +139,15 @@ def resolve(
         return Readings()
     distances = {name: sum(k.distance for k in found[name].values()) for name in found}
     nearest = [a for a in architectures if distances.get(a.name) == min(distances[n] for n in clear)]
-    names = [a.name for a in plainest(nearest, architectures)]
     targets = {
         a.name: {m: (k.component, k.parts, a.kohya_prefix(k.component)) for m, k in found[a.name].items()}
         for a in nearest
     }
-    first = next(name for name in names if name in clear)
-    agreed = tuple(name for name in names if name in clear and targets[name] == targets[first])
-    return Readings(agreed, found[first], tuple(name for name in names if name not in agreed))
+    ordered = plainest(nearest, architectures)
+    first = next(a for a in ordered if a.name in clear)
+    agreed = tuple(a.name for a in ordered if a.name in clear and targets[a.name] == targets[first.name])
+    every = {m: known[0] for m in modules if (known := readings(first, m))}
+    if len(every) < len(set(modules)):
+        others = [a for a in architectures if a is not first]
+        return resolve(modules, others, readings, where)
+    return Readings(agreed, every, tuple(a.name for a in ordered if a.name not in agreed))

@@ -221,7 +221,7 @@ def sliced(delta: LowRank, rows: Rows | None) -> LowRank:
     return delta if rows is None else LowRank(delta.down, delta.up.take(rows), delta.scaling)
 
 
-def oriented(known: Mapping[Target, Place], wanted: Mapping[Target, tuple[int, ...]]) -> dict[Target, Place]:
+def oriented(known: Places, wanted: Mapping[Target, tuple[int, ...]], model: str) -> dict[Target, Place]:
     """Return places whose orientation the family does not know, turned as the (out, in) of the deltas has them.
 
     Square weights follow what the others show; MismatchError where nothing shows it.
@@ -238,7 +238,7 @@ def oriented(known: Mapping[Target, Place], wanted: Mapping[Target, tuple[int, .
             raise MismatchError(
                 "this weight is square, and nothing says whether it is stored (out, in) or (in, out)",
                 where=str(target),
-                hint="put config.json beside the base, or name the family with --arch",
+                hint=f"name the family with --arch, or add one for {model} with -p FILE (docs/plugins.md)",
             )
         flipped = place.stored.shape == shape[::-1] if shape[0] != shape[1] else seen == {True}
         turned[target] = Place(place.stored, place.tensor, place.row, place.layer, place.role, flipped)

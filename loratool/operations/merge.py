@@ -149,7 +149,8 @@ def _known(
     known = places(base, architecture)
     if not any(isinstance(layer, Matrix) for layer in architecture.layers):
         return known
-    return oriented(known, {t: d.matrix_shape for a, _ in adapters for t, ds in a.deltas.items() for d in ds})
+    wanted = {t: d.matrix_shape for a, _ in adapters for t, ds in a.deltas.items() for d in ds}
+    return oriented(known, wanted, str((base.config or {}).get("model_type") or base.path))
 
 
 def _match(

@@ -343,7 +343,7 @@ def brief(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     short = []
     for row in rows:
         if "count" in row:
-            shape = " x ".join(map(str, row["shape"]))
+            shape = "x".join(map(str, row["shape"]))
             columns = {"times": row["count"], "of": shape, "parameters": row["parameters"], "is": _in_words(row)}
         else:
             fused = f"{row['fused']} ({row['layout']})" if row["fused"] else ""
@@ -354,7 +354,8 @@ def brief(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _in_words(row: Mapping[str, Any]) -> str:
     kind = "" if row["kind"] == "linear" or row["kind"].startswith(row["group"]) else row["kind"]
-    return " ".join(filter(None, (row["tower"], row["group"], row["role"], kind)))
+    group = row["group"] if row["tower"] != "projector" else ""
+    return " ".join(filter(None, (row["tower"], group, row["role"], kind)))
 
 
 def totals(survey: Survey) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Phi-3-small (remote code: modeling_phi3_small.py): q, k, v by key-value head in query_key_value.
 
-up_proj holds the gate in its even rows and the linear half in its odd ones (gegelu); it is left undivided here.
+up_proj holds the gate in its even rows and the linear half in its odd ones (gegelu).
 """
 
-from loratool import Architecture, Embedding, Fused, Linear, Match, hookimpl, interleave_heads
+from loratool import Architecture, Embedding, Fused, Linear, Match, hookimpl, interleave_heads, stride
 
 _ATTENTION = "model.layers.{i}.self_attn"
 _HEAD = "hidden_size/num_attention_heads"
@@ -25,6 +25,7 @@ PHI3SMALL = Architecture(
                 "num_key_value_heads", f"num_attention_heads/num_key_value_heads*({_HEAD})", _HEAD, _HEAD
             ),
         ),
+        Fused("model.layers.{i}.mlp.up_proj", parts=("gate", "up"), layout=stride(2)),
     ),
     aliases=(
         f"{_ATTENTION}.(q_proj|k_proj|v_proj) = {_ATTENTION}.query_key_value[(q|k|v)]",

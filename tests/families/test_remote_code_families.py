@@ -237,8 +237,20 @@ def test_what_no_reshape_divides_has_no_parts(one: Sample, plugins):
     attention = {
         p for p in one.shapes if p.rpartition(".")[2] in ("W_pack", "query_key_value", "wqkv", "Wqkv", "c_attn")
     }
-    gates = {p for p in one.shapes if p.endswith(".dense_h_to_4h")} if one.family == "chatglm2" else set()
+    gate = {"chatglm2": ".dense_h_to_4h", "phi3small": ".up_proj"}.get(one.family, "no such layer")
+    gates = {p for p in one.shapes if p.endswith(gate)}
     assert divided == attention | gates
+
+
+def test_phi3small_s_gate_is_in_even_rows_as_its_gegelu_takes_it(plugins):
+    architecture = plugins.architecture("phi3small")
+    one = next(s for s in SAMPLES if s.family == "phi3small")
+    path = next(p for p in one.shapes if p.endswith(".up_proj"))
+    rows = torch.arange(one.shapes[path][0])
+    gelu_half, linear_half = rows[..., ::2], rows[..., 1::2]  # modeling_phi3_small.py: gegelu
+    found = architecture.layout(path, "", len(rows), one.config)
+    assert [n for r in found[f"{path}[gate]"] for n in r] == gelu_half.tolist()
+    assert [n for r in found[f"{path}[up]"] for n in r] == linear_half.tolist()
 
 
 # -- other spellings

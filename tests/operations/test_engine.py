@@ -266,10 +266,10 @@ def merged(tmp_path: Path, name: str, workers: int) -> Path:
 
 
 def test_a_merge_has_the_same_bytes_with_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loratool.operations import merge
+    from loratool.operations import merge, panels
 
     monkeypatch.setattr(merge, "PANEL", 4096)  # so that one weight is cut into several units
-    monkeypatch.setattr(merge, "TILE", 1024)
+    monkeypatch.setattr(panels, "TILE", 1024)
     write_sharded(tmp_path / "base", wide_llama())
     write_adapter(tmp_path / "adapter", factors(1, shapes=WIDE))
     write_adapter(tmp_path / "other", factors(2, shapes=WIDE))

@@ -1,0 +1,315 @@
+"""Fused weights whose parts are trained, stored or asked for apart: every verb gives the sums that fp64 gives.
+
+The oracle is B @ A in fp64, put into the weight by the reshape that each family's modeling code uses. Factors and
+weights are small multiples of powers of two, so merging in fp32 rounds nothing and results are compared bit for bit.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_files import run_cli, snapshot
+
+import loratool
+from loratool.api import open_adapter
+from loratool.plugins import load
+
+IN = 7  # input features: unlike every number of rows, so that swapped axes are noticed
+LAYER = "model.layers.0"
+#: Families of this file alone: names for the parts of weights whose families know of no other spelling.
+PLUGIN = """
+from loratool import Architecture, Fused, Linear, hookimpl, stride
+
+ATTENTION = {"bloom": "transformer.h.{i}.self_attention.query_key_value", "gpt2": "transformer.h.{i}.attn.c_attn",
+             "falcon": "transformer.h.{i}.self_attention.query_key_value", "codegen": "transformer.h.{i}.attn.qkv_proj"}
+EXPERTS = "transformer.blocks.{i}.ffn.experts"
+
+@hookimpl
+def register_architectures():
+    split = [
+        Architecture(name=f"split-{name}", like=name,
+                     aliases=(f"layers.{{i}}.(q_proj|k_proj|v_proj) = {fused}[(q|k|v)]",))
+        for name, fused in ATTENTION.items()
+    ]
+    dbrx = Architecture(name="split-dbrx", like="dbrx", aliases=(f"{EXPERTS}.{{e}}.(w1|v1) = {EXPERTS}.mlp.(w1|v1)[{{e}}]",))
+    oss = Architecture(
+        name="split-oss", like="gpt-oss",
+        aliases=("layers.{i}.expert.{e}.gate_up_proj = model.layers.{i}.mlp.experts.gate_up_proj[{e}]",))
+    strided = Architecture(
+        name="strided",
+        layers=(Linear("layers.{i}.(gate_up|down)", group="mlp"),),
+        fused=(Fused("layers.{i}.gate_up", parts=("gate", "up"), layout=stride(2)),),
+        aliases=("layers.{i}.(gate|up) = layers.{i}.gate_up[(gate|up)]",))
+    return [*split, dbrx, oss, strided]
+"""
+
+
+class Case(NamedTuple):
+    """A fused weight: its module in the file and its rows, what its parts are called, and where they lie in it.
+
+    `parts(W)` gives views of W (out, in) in the shape that the modeling code has them in, in the order of `names`.
+    """
+
+    arch: str
+    config: dict[str, Any]
+    fused: str
+    out: int
+    names: tuple[str, ...]
+    parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    conv1d: bool = False  # stored (in, out)
+    leaf: str = ".weight"
+
+    def stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        return (matrix.T if self.conv1d else matrix).contiguous()
+
+    def apart(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts as matrices (rows, in)."""
+        return {name: part.reshape(-1, IN) for name, part in zip(self.names, self.parts(matrix), strict=True)}
+
+
+def heads(groups: int, queries: int, dim: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """[groups, (queries, k, v), dim], as in modeling_falcon (new decoder) and modeling_internlm2."""
+
+    def parts(W):
+        grouped = W.view(groups, queries + 2, dim, IN)
+        return grouped[:, :-2], grouped[:, -2], grouped[:, -1]
+
+    return parts
+
+
+def qkv(prefix: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{part}_proj" for part in "qkv")
+
+
+GQA = {"hidden_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
+CASES = {
+    "concat-equal": Case(
+        "baichuan", {"model_type": "baichuan", "vocab_size": 8}, f"{LAYER}.self_attn.W_pack", 18,
+        qkv(f"{LAYER}.self_attn"), lambda W: W.chunk(3),
+    ),
+    "concat-gqa": Case(
+        "phi3", {"model_type": "phi3", **GQA}, f"{LAYER}.self_attn.qkv_proj", 24,
+        qkv(f"{LAYER}.self_attn"), lambda W: (W[:12], W[12:18], W[18:]),
+    ),
+    "concat-gate-up": Case(
+        "phi3", {"model_type": "phi3", "intermediate_size": 10}, f"{LAYER}.mlp.gate_up_proj", 20,
+        (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"), lambda W: W.chunk(2),
+    ),
+    "interleave-bloom": Case(  # view(batch, length, num_heads, 3, head_dim)
+        "split-bloom", {"model_type": "bloom", "n_head": 2, "hidden_size": 6},
+        "transformer.h.0.self_attention.query_key_value", 18, qkv("layers.0"),
+        lambda W: tuple(W.view(2, 3, 3, IN).unbind(1)),
+    ),
+    "interleave-internlm2": Case(
+        "internlm2", {"model_type": "internlm2", **GQA}, f"{LAYER}.attention.wqkv", 24,
+        qkv(f"{LAYER}.self_attn"), heads(2, 2, 3),
+    ),
+    "interleave-falcon": Case(
+        "split-falcon",
+        {"model_type": "falcon", "hidden_size": 12, "num_attention_heads": 4, "num_kv_heads": 2,
+         "new_decoder_architecture": True, "multi_query": True},
+        "transformer.h.0.self_attention.query_key_value", 24, qkv("layers.0"), heads(2, 2, 3),
+    ),
+    "blocks": Case(  # qkv.reshape(..., 4, -1), then split into query, value, key
+        "split-codegen", {"model_type": "codegen"}, "transformer.h.0.attn.qkv_proj", 24, qkv("layers.0"),
+        lambda W: tuple(W.view(4, 3, 2, IN)[:, n] for n in (0, 2, 1)),
+    ),
+    "stride": Case(
+        "strided", {}, "layers.0.gate_up", 10, ("layers.0.gate", "layers.0.up"), lambda W: (W[::2], W[1::2]),
+    ),
+    "stack": Case(  # w1.view(num_experts, ffn_hidden_size, hidden_size)
+        "split-dbrx", {"model_type": "dbrx", "ffn_config": {"ffn_hidden_size": 4}},
+        "transformer.blocks.0.ffn.experts.mlp.w1", 12, tuple(f"transformer.blocks.0.ffn.experts.{e}.w1" for e in range(3)),
+        lambda W: tuple(W.view(3, 4, IN)), leaf="",
+    ),
+    "conv1d": Case(
+        "split-gpt2", {"model_type": "gpt2", "n_embd": 6}, "transformer.h.0.attn.c_attn", 18, qkv("layers.0"),
+        lambda W: W.chunk(3), conv1d=True,
+    ),
+}  # fmt: skip
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory):
+    file = tmp_path_factory.mktemp("plugin") / "apart.py"
+    file.write_text(PLUGIN)
+    loaded = load()
+    loaded.add_file(file)
+    return loaded
+
+
+def numbers(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Multiples of 1/8 below 1: sums of their products are exact in fp32."""
+    return torch.randint(-7, 8, shape, generator=generator) / 8
+
+
+def matrix_of(case: Case, seed: int = 0) -> torch.Tensor:
+    return numbers(torch.Generator().manual_seed(seed), case.out, IN)
+
+
+def base_of(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None) -> Path:
+    folder.mkdir()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def fused_base(folder: Path, case: Case, matrix: torch.Tensor, **more: torch.Tensor) -> Path:
+    return base_of(folder, {case.fused + case.leaf: case.stored(matrix), **more}, case.config)
+
+
+def split_base(folder: Path, case: Case, matrix: torch.Tensor) -> Path:
+    tensors = {f"{name}.weight": case.stored(part) for name, part in case.apart(matrix).items()}
+    return base_of(folder, tensors, case.config)
+
+
+class Factors(NamedTuple):
+    up: torch.Tensor
+    down: torch.Tensor
+    alpha: float
+
+    @property
+    def delta(self) -> torch.Tensor:
+        """In fp64, by PEFT's rule."""
+        return self.alpha / self.down.shape[0] * self.up.double() @ self.down.double()
+
+
+def random_factors(shapes: dict[str, int], seed: int = 1, *, alike: bool = False) -> dict[str, Factors]:
+    """Factors for modules of so many rows; ranks and alphas differ unless `alike`, and scalings stay exact."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for n, (module, rows) in enumerate(shapes.items()):
+        rank, alpha = (2, 3) if alike else ((2, 3), (1, 0.5), (4, 5))[n % 3]
+        found[module] = Factors(numbers(generator, rows, rank), numbers(generator, rank, IN), alpha)
+    return found
+
+
+def peft_of(folder: Path, factors: dict[str, Factors], **config: Any) -> Path:
+    folder.mkdir()
+    tensors = {}
+    for module, (up, down, _) in factors.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = down
+        tensors[f"base_model.model.{module}.lora_B.weight"] = up
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    patterns = {
+        "rank_pattern": {f"^{m}": f.down.shape[0] for m, f in factors.items()},
+        "alpha_pattern": {f"^{m}": f.alpha for m, f in factors.items()},
+    }
+    content = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": list(factors), **patterns, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def parts_factors(case: Case, names: tuple[str, ...] | None = None, seed: int = 1, *, alike: bool = False):
+    sizes = {name: len(part) for name, part in case.apart(matrix_of(case)).items()}
+    return random_factors({name: sizes[name] for name in names or case.names}, seed, alike=alike)
+
+
+def plus(case: Case, matrix: torch.Tensor, factors: dict[str, Factors], weight: float = 1.0) -> torch.Tensor:
+    """The oracle: the fused matrix in fp64 with every delta in its place."""
+    result = matrix.double().clone()
+    views = dict(zip(case.names, case.parts(result), strict=True)) | {case.fused: result}
+    for module, factor in factors.items():
+        views[module] += weight * factor.delta.view(views[module].shape)
+    return result
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------------------- merge
+
+
+@every_case
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_some_parts_merge_into_the_fused_weight(case, count, tmp_path, plugins):
+    matrix, names = matrix_of(case), case.names[-count:]
+    other = numbers(torch.Generator().manual_seed(9), 5, 5)
+    base = fused_base(tmp_path / "base", case, matrix, other=other)
+    factors = parts_factors(case, names)
+    loratool.merge(base, [peft_of(tmp_path / "adapter", factors)], tmp_path / "out", arch=case.arch, plugins=plugins)
+    merged = tensors_of(tmp_path / "out")
+    wanted = plus(case, matrix, factors)
+    assert merged.keys() == {case.fused + case.leaf, "other"}
+    assert torch.equal(merged[case.fused + case.leaf].double(), case.stored(wanted))
+    assert torch.equal(merged["other"], other)
+    for name, was, now in zip(case.names, case.parts(matrix), case.parts(wanted), strict=True):
+        assert torch.equal(was.double(), now) == (name not in names)
+
+
+@every_case
+def test_a_fused_adapter_merges_into_a_base_that_has_the_parts_apart(case, tmp_path, plugins):
+    matrix = matrix_of(case)
+    base = split_base(tmp_path / "base", case, matrix)
+    factors = random_factors({case.fused: case.out})
+    loratool.merge(base, [peft_of(tmp_path / "adapter", factors)], tmp_path / "out", arch=case.arch, plugins=plugins)
+    merged = tensors_of(tmp_path / "out")
+    wanted = case.apart(plus(case, matrix, factors))
+    assert merged.keys() == {f"{name}.weight" for name in case.names}
+    for name in case.names:
+        assert torch.equal(merged[f"{name}.weight"].double(), case.stored(wanted[name]))
+
+
+@every_case
+@pytest.mark.parametrize("split", [False, True])
+def test_split_and_fused_adapters_add_up_with_their_weights_in_any_order(case, split, tmp_path, plugins):
+    matrix = matrix_of(case)
+    base = (split_base if split else fused_base)(tmp_path / "base", case, matrix)
+    whole, apart = random_factors({case.fused: case.out}, 2), parts_factors(case, case.names[:2], 3)
+    adapters = [peft_of(tmp_path / "whole", whole), peft_of(tmp_path / "apart", apart)]
+    wanted = plus(case, plus(case, matrix, whole, 0.5), apart, -2.0)
+    stored = {f"{n}.weight": case.stored(p) for n, p in case.apart(wanted).items()}
+    stored = stored if split else {case.fused + case.leaf: case.stored(wanted)}
+    common = {"arch": case.arch, "plugins": plugins}
+    loratool.merge(base, adapters, tmp_path / "one", weights=[0.5, -2], **common)
+    loratool.merge(base, adapters[::-1], tmp_path / "two", weights=[-2, 0.5], **common)
+    for name, tensor in tensors_of(tmp_path / "one").items():
+        assert torch.equal(tensor.double(), stored[name])
+        assert torch.equal(tensor, tensors_of(tmp_path / "two")[name])
+
+
+OSS = {"model_type": "gpt_oss", "hidden_size": IN, "intermediate_size": 5, "num_local_experts": 3}
+STACK = f"{LAYER}.mlp.experts.gate_up_proj"
+
+
+def oss_stack(seed: int = 0) -> torch.Tensor:
+    """gate_up_proj (experts, in, out) with out = 2 x 5, as modeling_gpt_oss holds it."""
+    return numbers(torch.Generator().manual_seed(seed), 3, IN, 10)
+
+
+def oss_parts(stack: torch.Tensor) -> dict[str, torch.Tensor]:
+    """gate = [..., ::2] and up = [..., 1::2] of each expert, as matrices (5, in): views."""
+    names = ("gate_proj", "up_proj")
+    return {f"{LAYER}.mlp.experts.{e}.{n}": stack[e, :, k::2].T for e in range(3) for k, n in enumerate(names)}
+
+
+def test_gate_and_up_of_single_experts_merge_into_the_columns_of_a_stack(tmp_path):
+    stack = oss_stack()
+    wanted = stack.double().clone()
+    views = oss_parts(wanted)
+    factors = random_factors(dict.fromkeys([*views][1:4], 5))
+    base = base_of(tmp_path / "base", {STACK: stack}, OSS)
+    loratool.merge(base, [peft_of(tmp_path / "adapter", factors)], tmp_path / "out")
+    for module, factor in factors.items():
+        views[module] += factor.delta
+    assert torch.equal(tensors_of(tmp_path / "out")[STACK].double(), wanted)
+
+
+def test_an_expert_trained_as_a_whole_merges_into_experts_that_lie_apart(tmp_path, plugins):
+    """One matrix for each expert is a Linear layer: (out, in), though the family's stack is (experts, in, out)."""
+    parts = oss_parts(oss_stack())
+    base = base_of(tmp_path / "base", {f"{n}.weight": t for n, t in parts.items()}, OSS)
+    factors = random_factors({"layers.0.expert.1.gate_up_proj": 10})
+    loratool.merge(base, [peft_of(tmp_path / "a", factors)], tmp_path / "out", arch="split-oss", plugins=plugins)
+    delta = factors["layers.0.expert.1.gate_up_proj"].delta
+    merged = tensors_of(tmp_path / "out")
+    for name, part in parts.items():
+        added = {"1.gate_proj": delta[::2], "1.up_proj": delta[1::2]}.get(name.split("experts.")[1], 0)
+        assert torch.equal(merged[f"{name}.weight"].double(), part.double() + added), name
