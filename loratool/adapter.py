@@ -25,7 +25,10 @@ class Target(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The module path, for messages and sorting."""
+        """The module path, for messages and sorting: parts that are siblings as one pattern, `experts.3.(w1|w3)`."""
+        parents = {part.rpartition(".")[0] for part in self.parts}
+        if len(self.parts) > 1 and len(parents) == 1 and "[" not in "".join(self.parts):
+            return f"{parents.pop()}.({'|'.join(part.rpartition('.')[2] for part in self.parts)})"
         return "+".join(self.parts)
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypedDict, Unpack
 from loratool import engine, ledger
 from loratool.adapter import Adapter, Finding
 from loratool.architecture import Architecture
-from loratool.detection import family_of
+from loratool.detection import recognise
 from loratool.engine import EVERYTHING, Progress, Resources
 from loratool.errors import FormatError, UsageError
 from loratool.hookspecs import Format
@@ -247,24 +247,10 @@ def _architecture(adapter: Adapter, running: Mapping[str, Any]) -> Architecture 
 def _family(base: checkpoint.Checkpoint, arch: str, running: Mapping[str, Any]) -> tuple[Architecture, list[Finding]]:
     """Return the family of a base, and what to say about how it was found."""
     plugins = _plugins(running)
-    family = family_of(base, plugins, arch)
-    if family is None:
-        if any(f.detect(base) for f in plugins.formats()):
-            raise UsageError("this is an adapter, and a model is needed here", where=base.path)
-        return _discovered(base)
+    if any(f.detect(base) for f in plugins.formats()):
+        raise UsageError("this is an adapter, and a model is needed here", where=base.path)
+    family = recognise(base, plugins, arch)
     return family.architecture, list(family.findings)
-
-
-def _discovered(base: checkpoint.Checkpoint) -> tuple[Architecture, list[Finding]]:
-    """Return the family of a model that no plugin describes: by transformers from its config, else from its headers."""
-    from loratool import discovery
-
-    shapes = {name: ref.shape for name, ref in base.tensors.items()}
-    found, findings = discovery.from_config(base.config, shapes) if base.config else (None, ())
-    if found is None:
-        found, more = discovery.from_headers(shapes)
-        findings = (*findings, *more)
-    return found, list(findings)
 
 
 def _spelling(format: Format, out: Path, config: Mapping[str, object] | None) -> dict[str, str]:

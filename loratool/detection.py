@@ -55,6 +55,21 @@ def family_of(base: TensorSource, plugins: Plugins, name: str = "") -> Family | 
     return Family(family, "tensor names", (Finding("info", base.path, what),) if kind else ())
 
 
+def recognise(base: TensorSource, plugins: Plugins, name: str = "") -> Family:
+    """Return the family of a base; of a model that no plugin describes what its config, else its headers, say."""
+    family = family_of(base, plugins, name)
+    if family is not None:
+        return family
+    from loratool import discovery  # asks transformers
+
+    shapes = {n: ref.shape for n, ref in base.tensors.items()}
+    found, findings = discovery.from_config(base.config, shapes) if base.config else (None, ())
+    if found is not None:
+        return Family(found, "config.json, by way of the library that knows it", findings)
+    found, more = discovery.from_headers(shapes)
+    return Family(found, "names and shapes alone", (*findings, *more))
+
+
 def fits(architecture: Architecture, weights: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a family explains every weight, and its conditions on shapes hold."""
     return architecture.explains(weights) and all(
@@ -95,7 +110,7 @@ def _agreed(
     known = {a.name: [a.find(path) for path in weights] for a in fitting}
     distance = {name: sum(k.distance for k in found if k) for name, found in known.items()}
     nearest = plainest([a for a in fitting if distance[a.name] == min(distance.values())], every)
-    readings = {a.name: [_taken(k) for k in known[a.name]] for a in nearest}
+    readings = {a.name: [taken(k) for k in known[a.name]] for a in nearest}
     if any(reading != readings[nearest[0].name] for reading in readings.values()):
         raise AmbiguityError(
             f"this fits {', '.join(readings)}, which read it differently",
@@ -105,6 +120,6 @@ def _agreed(
     return nearest[0]
 
 
-def _taken(known: Known | None) -> object:
+def taken(known: Known | None) -> object:
     """What decides how the bytes of a weight are taken."""
     return known and (known.layer.transposed, known.layer.kind, len(known.parts), known.axis)

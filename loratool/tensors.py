@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -102,18 +103,34 @@ class TensorRef:
 
     def take(self, ranges: Sequence[range]) -> TensorRef:
         """Return the rows that `ranges` select, in that order, as another reference."""
+        if tuple(ranges) == (range(self.shape[0]),):
+            return self
         shape = (sum(len(r) for r in ranges), *self.shape[1:])
         if self.view is not None:
-            inner = self.view.of[0]
-            if self.view.kind == "columns":
-                return inner.take(ranges).columns(self.view.ranges)
-            if self.view.kind == "transposed":
-                return inner.columns(ranges).transposed()
-            return TensorRef(self.name, shape, self.dtype, self.pieces, View("rows", (self,), tuple(ranges)))
+            return self._taken(self.view, ranges, shape)
         row = self.nbytes // self.shape[0] if self.shape[0] else 0
         runs = [run for r in ranges for run in ([r] if r.step == 1 else [range(n, n + 1) for n in r])]
         pieces = tuple(piece for r in runs for piece in _cut(self.pieces, r.start * row, r.stop * row))
         return TensorRef(self.name, shape, self.dtype, pieces)
+
+    def _taken(self, view: View, ranges: Sequence[range], shape: tuple[int, ...]) -> TensorRef:
+        """Take rows of a view: from what it is of, where that spares the reading of all of it."""
+        inner = view.of[0]
+        if view.kind == "columns":
+            return inner.take(ranges).columns(view.ranges)
+        if view.kind == "transposed":
+            return inner.columns(ranges).transposed()
+        if view.kind == "rows":
+            return inner.take(within(view.ranges, ranges))
+        if view.kind == "joined" and len(ranges) == 1 and len(ranges[0]) and ranges[0].step == 1:
+            start, stop = ranges[0].start, ranges[0].stop
+            begins = accumulate((part.shape[0] for part in view.of[:-1]), initial=0)
+            cuts = [
+                (part, max(start - at, 0), min(stop - at, part.shape[0]))
+                for part, at in zip(view.of, begins, strict=True)
+            ]
+            return joined(self.name, [part.rows(low, high) for part, low, high in cuts if low < high])
+        return TensorRef(self.name, shape, self.dtype, self.pieces, View("rows", (self,), tuple(ranges)))
 
     def item(self, index: int) -> TensorRef:
         """Return one slab of the first axis, which goes: expert `index` of a stack."""

@@ -40,7 +40,7 @@ def families_of(path: str) -> Report:
             report.findings.append(Finding("error", path, "no family knows every module of this adapter"))
         return report
     try:
-        model = subjects.model(path, weights=False)
+        model = subjects.model(path)
     except AmbiguityError as problem:
         opened = subjects.source(path)
         finding = Finding("error", path, problem.what, problem.hint)
@@ -67,7 +67,7 @@ def checked(what: str, arch: str, *, strict: bool) -> Report:
         found = testing.problems(architecture, {})
     else:
         subjects.require_path(what)
-        model = subjects.model(what, arch)
+        model = subjects.model(what, arch, described=True)
         report = _report("check", model)
         shapes = model.survey.shapes
         report.totals["tensors"] = len(shapes)

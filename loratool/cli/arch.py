@@ -91,7 +91,8 @@ def show(what: str, ranks: tuple[int, ...], arch: str, as_json: bool) -> None:
 def detect(path: str, as_json: bool) -> int:
     """Say which family a model or an adapter is of.
 
-    And how that was found, and which others would fit. Exit code 3 where no family fits, or several that read the weights differently.
+    And how that was found, and which others would fit. Exit code 3 where none fits, or several that read the weights
+    differently.
     """
     from loratool.cli import answers
 
@@ -108,8 +109,9 @@ def detect(path: str, as_json: bool) -> int:
 def check(what: str, strict: bool, arch: str, as_json: bool) -> int:
     """Check a family against a model, or by itself.
 
-    Exit code 3 where something does not fit: weights that no layer explains, names that mean one layer, sizes that do not divide, rules that lead nowhere.
-    Patterns that match nothing are warnings, as a family has layers that a single model lacks.
+    Exit code 3 where something does not fit: weights that no layer explains, names that mean one layer, sizes that do
+    not divide, rules that lead nowhere. Patterns that match nothing are only noted, as one model lacks layers that
+    others of its family have.
     """
     from loratool.cli import answers
 

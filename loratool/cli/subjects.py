@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratool.errors import MismatchError, UsageError
 from loratool.plugins import installed
 from loratool.storage import checkpoint, jsonfile
-from loratool.tensors import TensorSource
+from loratool.tensors import TensorRef, TensorSource
 
 if TYPE_CHECKING:
     from loratool.architecture import Architecture
@@ -74,22 +75,26 @@ def is_adapter(path: str) -> bool:
     return any(f.detect(opened) for f in installed().formats())
 
 
-def model(path: str, arch: str = "", *, weights: bool = True) -> Model:
-    """Open a model and find its family; errors say what to do where it is none, has none, or has no weights."""
-    from loratool.detection import family_of
+def model(path: str, arch: str = "", *, described: bool = False) -> Model:
+    """Open a model and find its family. A config alone is enough: the libraries build its model without weights.
+
+    With `described` it must be a family that a plugin describes.
+    """
+    from loratool.detection import family_of, recognise
 
     if is_adapter(path):
         raise UsageError("this is an adapter, and a model is needed here", where=path, hint=f"loratool inspect {path}")
     opened = source(path)
-    if weights and not opened.tensors:
-        what = "a config.json alone does not say which weights there are"
-        raise MismatchError(what, where=path, hint="give the folder with the weights: only their headers are read")
-    found = family_of(opened, installed(), arch)
-    if found is None:
+    if not opened.tensors and opened.config:
+        from loratool.discovery import shapes_from_config
+
+        shapes = shapes_from_config(opened.config)
+        opened = replace(opened, tensors={name: TensorRef(name, shape, "F32") for name, shape in shapes.items()})
+    if described and family_of(opened, installed(), arch) is None:
         kind = kind_of(opened.config or {}) or "no config"
         hint = "add one with -p FILE (30 lines: docs/plugins.md), or name one with --arch: loratool arch list"
         raise MismatchError(f"no installed family fits this model ({kind})", where=path, hint=hint)
-    return Model(opened, found)
+    return Model(opened, recognise(opened, installed(), arch))
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -99,7 +104,7 @@ def kind_of(config: Mapping[str, Any]) -> str:
 
 def candidates(opened: TensorSource, chosen: Architecture | None) -> list[dict[str, Any]]:
     """Return a row for each family that a model's config names or that knows all its weights."""
-    from loratool.detection import fits, matrices
+    from loratool.detection import fits, matrices, taken
 
     weights = matrices(opened.tensors)
     rows = []
@@ -107,16 +112,10 @@ def candidates(opened: TensorSource, chosen: Architecture | None) -> list[dict[s
         named = one.match.fits(opened.config or {})
         knows = bool(weights) and fits(one, weights)
         if named or knows or one is chosen:
-            alike = chosen is not None and all(_reading(one, path) == _reading(chosen, path) for path in weights)
+            alike = chosen is not None and all(taken(one.find(p)) == taken(chosen.find(p)) for p in weights)
             row = {"family": one.name, "named_by_config": named, "knows_every_weight": knows}
             rows.append({**row, **({"reads_them_alike": alike} if chosen else {}), "chosen": one is chosen})
     return sorted(rows, key=lambda row: not row["chosen"])
-
-
-def _reading(one: Architecture, path: str) -> object:
-    """What decides how the bytes of a weight are taken; what a family calls it does not."""
-    known = one.find(path)
-    return known and (known.layer.transposed, known.layer.kind, len(known.parts), known.axis)
 
 
 def fitted(names: list[str], width: int) -> str:

@@ -19,9 +19,11 @@ from typing import Any
 from loratool.adapter import Finding
 from loratool.architecture import Architecture
 from loratool.discovery.assembly import Assembly, about_fused, about_names
+from loratool.discovery.conversions import Live
 from loratool.discovery.library import SECONDS, TooLongError, UnknownError, ask
 from loratool.discovery.names import Shape, from_header, guess_targets, vocabulary_of
 from loratool.discovery.patterns import claim
+from loratool.errors import MismatchError
 from loratool.layers import Experts
 
 
@@ -34,18 +36,35 @@ def from_config(
     memory are. None where neither library can say; the finding says why.
     """
     shapes = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, ())
+    live = _asked(config, shapes)
+    return (None, (live,)) if isinstance(live, Finding) else Assembly(live, shapes).result()
+
+
+def shapes_from_config(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return the shapes of the model that a config.json describes, by the names that its parameters have in memory.
+
+    Parameters of two or more dimensions, of tied ones the first. MismatchError where neither library can say.
+    """
+    live = _asked(config, {})
+    if isinstance(live, Finding):
+        raise MismatchError(live.what, where=live.where, hint="give the folder with the weights: headers are enough")
+    copies = {name for name, _ in live.tied}
+    return {name: p.shape for name, p in live.parameters.items() if name not in copies}
+
+
+def _asked(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Live | Finding:
+    """Let the libraries build the model; a finding says why they cannot."""
     kinds = (config.get("model_type"), config.get("_class_name"))
     kind = next((k for k in kinds if isinstance(k, str) and k), "")
     try:
-        live = ask(kind, config, shapes)
+        return ask(kind, config, dict(shapes))
     except TooLongError:
-        return None, (_unbuilt(kind, f"building the model takes more than {SECONDS} s"),)
+        return _unbuilt(kind, f"building the model takes more than {SECONDS} s")
     except UnknownError as problem:
-        return None, (_unbuilt(kind, str(problem)),)
+        return _unbuilt(kind, str(problem))
     except Exception as problem:  # whatever a library makes of a stranger's config
         first = (str(problem).strip().splitlines() or [""])[0][:200]
-        return None, (_unbuilt(kind, f"{type(problem).__name__}: {first}"),)
-    return Assembly(live, shapes).result()
+        return _unbuilt(kind, f"{type(problem).__name__}: {first}")
 
 
 def from_headers(tensors: Mapping[str, Shape]) -> tuple[Architecture, tuple[Finding, ...]]:

@@ -154,8 +154,11 @@ class CompareRest:
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Compare bytes; where they differ, measure the change."""
-        changes = {tuned.name: _change(tuned, base, load) for tuned, base in self.pairs}
-        changed = {name: total for name, total in changes.items() if total is not None}
+        changed: dict[str, float] = {}
+        for tuned, base in self.pairs:
+            total = _change(tuned, base, load)
+            if total is not None:  # the experts of a stack have one name
+                changed[tuned.name] = changed.get(tuned.name, 0.0) + total
         if changed and self.refuse:
             names = list(changed)
             listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
@@ -229,7 +232,7 @@ def plan(
         for u in modules
     ]
     units: tuple[Unit, ...] = (*remaining, *modules)
-    paired = {ref.name for unit in units for ref in unit.reads}
+    paired = {name for unit in units for ref in unit.reads for name in ref.name.split("+")}
     lost = [name for name in base.tensors if name not in paired]
     for name in lost:  # a buffer that newer libraries no longer save is worth a note, a lost weight a warning
         level = "warning" if dtypes.is_float(base.tensors[name].dtype) else "info"
@@ -286,7 +289,10 @@ def _rest_units(others: Sequence[tuple[TensorRef, TensorRef | None]], rest: str)
     compared = tuple((_as_rows(new), _as_rows(old) if old else None) for new, old in others)
     if rest == "error":
         return [CompareRest(compared, refuse=True)] if compared else []
-    return [CompareRest((pair,), refuse=False) for pair in compared]
+    named: dict[str, list[tuple[TensorRef, TensorRef | None]]] = {}
+    for pair in compared:
+        named.setdefault(pair[0].name, []).append(pair)
+    return [CompareRest(tuple(pairs), refuse=False) for pairs in named.values()]
 
 
 def _pair(
@@ -299,24 +305,23 @@ def _pair(
     new, old = places(tuned, architecture), places(base, architecture)
     pairs: Pairs = {}
     layers: set[str] = set()  # tensors of the tuned model that are paired as matrices
-    paired: set[Target] = set()  # and what they meet in the base
     problems: list[str] = []
-    for target in dict.fromkeys([*new, *old]):
+    for target in dict.fromkeys(t for part in [*new, *old] for t in (_whole(part), part)):
+        if _whole(target) in pairs:  # as a part of a fused weight, which is the module that an adapter is for
+            continue
         sides = [
             side.get(target) or stitched(target.parts[0], target.component, side, architecture, config or {})
             for side, config in ((new, tuned.config), (old, base.config))
         ]
-        if sides[0] is None or sides[1] is None:  # absent, or a part of what the other has whole
+        if sides[0] is None or sides[1] is None:
             continue
         mine, place = sides[0], sides[1]
         pairs[target] = mine, place
         layers.update(mine.tensor.split("+"))
-        parts = architecture.parts_of(target.parts[0], target.component)
-        paired |= {target, *(Target(target.component, (part,)) for part in parts)}
         if _shape(mine) != _shape(place):
             shapes = f"{list(mine.shape)} in the tuned model, {list(place.shape)} in the base"
             problems.append(f"{target}: {shapes}")
-    problems += [f"{t}: only in the base" for t in old if t not in paired]
+    problems += [f"{t}: only in the base" for t in old if t not in pairs and _whole(t) not in pairs]
     matrices = {place.tensor for place in old.values()}
     by_name = {bare_name(n, architecture): ref for n, ref in base.tensors.items() if n not in matrices}
     others = []
@@ -337,6 +342,12 @@ def _pair(
             hint="the base must be the model that the fine-tune started from",
         )
     return pairs, others
+
+
+def _whole(target: Target) -> Target:
+    """The fused weight that a target is a part of, or the target itself."""
+    weight = target.parts[0].rpartition("[")[0]
+    return Target(target.component, (weight,)) if weight else target
 
 
 def _shape(place: Place) -> tuple[int, ...]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from loratool.adapter import Delta, LowRank, Target
 from loratool.architecture import Architecture
 from loratool.errors import MismatchError
 from loratool.layers import Excluded, Experts, Layer, Matrix
-from loratool.layouts import Rows, count, within
+from loratool.layouts import Rows, count, runs, within
 from loratool.tensors import TensorRef, TensorSource, joined, module_of
 
 # transformers classes without a language-model head: their configs say tie_word_embeddings, yet there is nothing to tie
@@ -125,6 +126,8 @@ def _is_transposed(layer: Layer, ref: TensorRef, stacked: bool, config: Mapping[
     """Whether the file has (in, out). A stack may have been saved in the order of the memory instead of the file's."""
     if not isinstance(layer, Experts):
         return False if stacked else layer.transposed  # a memory spelling of per-expert matrices: (experts, out, in)
+    if not stacked:
+        return False  # experts that lie apart are linear layers, whatever the order of a stack
     if layer.flipped_in_memory and layer.inputs:
         inputs = expressions.size(layer.inputs, config)
         if inputs in ref.shape[1:] and ref.shape[1] != ref.shape[2]:
@@ -163,15 +166,29 @@ def _resolve_path(
     if whole is not None:  # a part of a weight that is fused in the base
         rows = architecture.layout(weight, component, whole.out, config).get(path)
         return [Slice(path, whole.part(rows, path[len(weight) + 1 : -1]))] if rows else []
+    apart = _apart(component, path, known, architecture)
+    layout = architecture.layout(path, component, sum(p.out for p in apart.values()), config) if apart else {}
+    for part, held in apart.items():
+        if count(layout.get(part, ())) != held.out:
+            raise MismatchError(
+                f"{held.tensor} has {held.out} rows, and the layout gives it {count(layout.get(part, ()))}",
+                where=part,
+                hint="is this the config.json of these weights, and is this the family (--arch)?",
+            )
+    return [Slice(part, held, layout[part]) for part, held in apart.items()]
+
+
+def _apart(component: str, path: str, known: Places, architecture: Architecture) -> dict[str, Place]:
+    """Return the parts of a fused weight that a base holds apart, if it has them all; of a stack slab after slab."""
     parts = architecture.parts_of(path, component)
-    held = [known.get(Target(component, (part,))) for part in parts]
-    if not parts or None in held:
-        return []
-    places = [p for p in held if p is not None]  # a weight whose parts lie apart in the base
-    layout = architecture.layout(path, component, sum(p.out for p in places), config)
-    if any(count(layout[part]) != p.out for part, p in zip(parts, places, strict=True)):
-        raise MismatchError("the parts of the base are not as large as the layout says", where=path)
-    return [Slice(part, p, layout[part]) for part, p in zip(parts, places, strict=True)]
+    slabs = (f"{path}[{n}]" for n in itertools.count())
+    found: dict[str, Place] = {}
+    for part in parts or slabs:
+        place = known.get(Target(component, (part,)))
+        if place is None or (not parts and isinstance(place.layer, Experts)):  # experts in 3-D are not fused
+            return {} if parts else found
+        found[part] = place
+    return found
 
 
 def stitched(
@@ -179,19 +196,24 @@ def stitched(
 ) -> Place | None:
     """Return a fused weight put together from the parts that a split base holds, or None where it does not."""
     slices = _resolve_path(component, path, known, architecture, config)
-    first = slices[0].place if slices else None
-    if first is None or len(slices) < 2 or any(s.place.transposed or s.rows is None for s in slices):
+    if len(slices) < 2:
         return None
-    order = sorted((run.start, run, n) for n, s in enumerate(slices) for run in s.rows or ())
-    taken = [0] * len(slices)
-    pieces = []
-    for _, run, n in order:
-        runs = [run] if run.step == 1 else [range(row, row + 1) for row in run]
-        for one in runs:
-            pieces.append((one.start, slices[n].place.ref.rows(taken[n], taken[n] + len(one))))
-            taken[n] += len(one)
-    ref = joined("+".join(s.place.tensor for s in slices), [piece for _, piece in sorted(pieces, key=lambda p: p[0])])
-    return Place(ref, ref.name, 0, first.layer, first.role, transposed=False)
+    parts = [s.place.ref.transposed() if s.place.transposed else s.place.ref for s in slices]
+    if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+        told = [f"{s.place.tensor} {part.dtype} {list(part.shape)}" for s, part in zip(slices, parts, strict=True)]
+        what = f"the parts do not make one matrix: {', '.join(told)}"
+        raise MismatchError(what, where=path, hint="save the model in one dtype")
+    first = slices[0].place
+    name = "+".join(s.place.tensor for s in slices)
+    ref = assembled(parts, [s.rows or () for s in slices]).renamed(name)
+    return Place(ref, name, 0, first.layer, first.role, transposed=False)
+
+
+def assembled(parts: Sequence[TensorRef], rows: Sequence[Rows]) -> TensorRef:
+    """Return a fused tensor put together from its parts; `rows` says which of its rows each part is."""
+    places = [row for of_part in rows for run in of_part for row in run]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return joined("", parts).take(runs(order))
 
 
 def bare_name(name: str, architecture: Architecture) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loratool.adapter import Adapter, Delta, Finding, LowRank, Target
 from loratool.architecture import Architecture
 from loratool.errors import AmbiguityError, InputError, MismatchError
 from loratool.hookspecs import Format
-from loratool.layouts import runs
+from loratool.layouts import count
+from loratool.operations.matching import assembled
 from loratool.plan import OutFile, Report
 from loratool.tensors import joined, padded, zeros
 
@@ -60,15 +61,27 @@ def in_whole_modules(adapter: Adapter, architecture: Architecture | None) -> Ada
     for target, found in adapter.deltas.items():
         weight, _, part = target.parts[0].rpartition("[")
         if len(target.parts) > 1:
-            deltas |= _split(target, found)
+            _add(deltas, _split(target, found))
         elif weight and not part[:-1].isdecimal() and architecture is not None:
             parts.setdefault(Target(target.component, (weight,)), {})[target.parts[0]] = found[0]
         else:
-            deltas[target] = found
+            _add(deltas, {target: found})
     for target, pieces in parts.items():
         assert architecture is not None
-        deltas[target] = (_join(target, pieces, architecture),)
+        _add(deltas, {target: (_join(target, pieces, architecture),)})
     return replace(adapter, deltas=deltas)
+
+
+def _add(deltas: dict[Target, tuple[Delta, ...]], more: Mapping[Target, tuple[Delta, ...]]) -> None:
+    """Add deltas; a second one for a module would take the place of the first."""
+    for target, found in more.items():
+        if target in deltas:
+            raise MismatchError(
+                "the adapter updates it as a whole and in parts, which one module cannot say",
+                where=str(target),
+                hint="merge adds both up; or convert one of them, with --exclude for the other",
+            )
+        deltas[target] = found
 
 
 def _split(target: Target, deltas: tuple[Delta, ...]) -> dict[Target, tuple[Delta, ...]]:
@@ -90,22 +103,40 @@ def _join(target: Target, pieces: Mapping[str, LowRank], architecture: Architect
     rows = [pieces[name].up.shape[0] if name in pieces else 0 for name in names]
     if 0 in rows and len({r for r in rows if r}) == 1:
         rows = [max(rows)] * len(rows)  # what was not trained is as large as the rest, or the layout will not add up
-    if len({d.scaling for d in present}) > 1:
+    _check_alike(target, present)
+    try:
+        layout = architecture.layout(target.parts[0], target.component, sum(rows), {})
+        wrong = [name for name, n in zip(names, rows, strict=True) if count(layout.get(name, ())) != n]
+        if wrong:
+            raise MismatchError(f"{wrong[0]} has {rows[names.index(wrong[0])]} rows, which its layout does not allow")
+    except MismatchError as problem:
         raise MismatchError(
-            "its parts have different scalings, so they have no common factors",
+            f"its parts cannot be joined without the base: {problem.what}",
             where=str(target),
-            hint="loratool resize folds the scalings in",
-        )
-    layout = architecture.layout(target.parts[0], target.component, sum(rows), {})
+            hint="merge them, which reads the base's config.json; or keep the format, which has the parts apart",
+        ) from None
     rank, before, ups = sum(d.rank for d in present), 0, []
-    for name, count in zip(names, rows, strict=True):
+    for name, height in zip(names, rows, strict=True):
         delta = pieces.get(name)
         if delta is None:
-            ups.append(zeros("", (count, rank), present[0].up.dtype))
+            ups.append(zeros("", (height, rank), present[0].up.dtype))
         else:
             ups.append(padded(delta.up, rank, before))
             before += delta.rank
-    # row n of the joined ups belongs at places[n] of the weight: take them in the order of their places
-    places = [row for name in names for r in layout[name] for row in r]
-    order = sorted(range(len(places)), key=places.__getitem__)
-    return LowRank(joined("", [d.down for d in present]), joined("", ups).take(runs(order)), present[0].scaling)
+    up = assembled(ups, [layout[name] for name in names])
+    return LowRank(joined("", [d.down for d in present]), up, present[0].scaling)
+
+
+def _check_alike(target: Target, deltas: Sequence[LowRank]) -> None:
+    """Raise where deltas have no factors in common that are made of their bytes."""
+    kinds = {(d.down.dtype, d.up.dtype, d.down.shape[1:]) for d in deltas}
+    if len({d.scaling for d in deltas}) > 1:
+        what, hint = "different scalings", "loratool resize --energy 1 folds the scalings in"
+    elif len(kinds) > 1:
+        what, hint = (
+            "different dtypes or input sizes",
+            "loratool resize --energy 1 --dtype float32 makes the dtypes one",
+        )
+    else:
+        return
+    raise MismatchError(f"its parts have {what}, so they have no common factors", where=str(target), hint=hint)

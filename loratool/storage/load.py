@@ -69,7 +69,7 @@ class Loader:
 
     def _whole(self, ref: TensorRef) -> torch.Tensor:
         """Read a tensor and keep it for a while: the experts of a stack are columns of one."""
-        key = (ref.pieces, ref.shape) if ref.view is None and ref.nbytes <= self.KEPT else None
+        key = (ref.pieces, ref.shape, ref.dtype) if ref.view is None and ref.nbytes <= self.KEPT else None
         with self._lock:
             found = self._kept.get(key) if key else None
         if found is None:

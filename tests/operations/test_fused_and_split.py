@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_files import run_cli, snapshot
 
 import loratool
-from loratool.api import open_adapter
 from loratool.plugins import load
 
 IN = 7  # input features: unlike every number of rows, so that swapped axes are noticed
@@ -313,3 +311,265 @@ def test_an_expert_trained_as_a_whole_merges_into_experts_that_lie_apart(tmp_pat
     for name, part in parts.items():
         added = {"1.gate_proj": delta[::2], "1.up_proj": delta[1::2]}.get(name.split("experts.")[1], 0)
         assert torch.equal(merged[f"{name}.weight"].double(), part.double() + added), name
+
+
+# ------------------------------------------------------------------------------------------------------------- extract
+
+
+def peft_delta(folder: Path, module: str) -> torch.Tensor:
+    """scaling * B @ A in fp64 of one module, from the files alone; the config must give all modules one alpha."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    down, up = (tensors[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
+    assert not config["alpha_pattern"]
+    assert not config["rank_pattern"]
+    return config["lora_alpha"] / config["r"] * up @ down
+
+
+@every_case
+@pytest.mark.parametrize("forms", ["fused-split", "split-fused", "split-split", "fused-fused"])
+def test_an_extract_between_any_two_forms_is_an_adapter_of_the_fused_weight(case, forms, tmp_path, plugins):
+    write = {"fused": fused_base, "split": split_base}
+    tuned_form, base_form = forms.split("-")
+    factors = random_factors({case.fused: case.out}, 5)
+    matrix = matrix_of(case)
+    tuned = plus(case, matrix, factors).float()
+    folders = write[tuned_form](tmp_path / "tuned", case, tuned), write[base_form](tmp_path / "base", case, matrix)
+    common = {"arch": case.arch, "plugins": plugins}
+    report = loratool.extract(*folders, tmp_path / "adapter", rank=2, **common)
+    assert [row["module"] for row in report.rows] == [case.fused]
+    assert not report.findings
+    delta = peft_delta(tmp_path / "adapter", case.fused)
+    torch.testing.assert_close(delta, factors[case.fused].delta, rtol=0, atol=1e-5)
+    for form in ("fused", "split"):
+        base = write[form](tmp_path / form, case, matrix)
+        loratool.merge(base, [tmp_path / "adapter"], tmp_path / f"out-{form}", **common)
+        again = tensors_of(tmp_path / f"out-{form}")
+        wanted = tensors_of(write[form](tmp_path / f"wanted-{form}", case, tuned))
+        assert again.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("forms", ["stack-apart", "apart-stack", "apart-apart", "stack-stack"])
+def test_gate_and_up_of_experts_are_extracted_from_stacks_and_from_matrices_apart(forms, tmp_path):
+    def write(folder: Path, stack: torch.Tensor, form: str) -> Path:
+        parts = {f"{n}.weight": t for n, t in oss_parts(stack).items()}
+        return base_of(folder, {STACK: stack} if form == "stack" else parts, OSS)
+
+    generator = torch.Generator().manual_seed(6)
+    stack, deltas = oss_stack(), [numbers(generator, 10, 2) @ numbers(generator, 2, IN) for _ in range(3)]
+    tuned = stack + torch.stack([d.T for d in deltas])
+    folders = (write(tmp_path / n, s, f) for n, s, f in zip("tb", (tuned, stack), forms.split("-"), strict=True))
+    loratool.extract(*folders, tmp_path / "adapter", rank=2, arch="gpt-oss")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    down, up = (tensors[f"base_model.model.{LAYER}.mlp.experts.lora_{x}.weight"] for x in "AB")
+    for expert, delta in enumerate(deltas):  # PEFT: A (experts x r, in), B (out, r x experts), the experts fastest
+        found = up[:, expert::3] @ down[2 * expert : 2 * expert + 2]
+        torch.testing.assert_close(found, delta, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rest", ["error", "skip"])
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_change_of_one_expert_that_is_not_extracted_is_never_overlooked(rest, changed, tmp_path):
+    query = f"{LAYER}.self_attn.q_proj.weight"
+    was = {query: numbers(torch.Generator(), 6, IN), STACK: oss_stack()}
+    now = {name: tensor.clone() for name, tensor in was.items()}
+    now[query] += 1
+    now[STACK][changed] += 2
+    folders = base_of(tmp_path / "tuned", now, OSS), base_of(tmp_path / "base", was, OSS)
+    settings = {"rank": 1, "target": "q_proj", "rest": rest}
+    if rest == "error":
+        with pytest.raises(loratool.LoratoolError, match="1 tensors changed that are not extracted"):
+            loratool.extract(*folders, tmp_path / "adapter", **settings)
+        return
+    report = loratool.extract(*folders, tmp_path / "adapter", **settings)
+    assert report.totals["skipped_tensors"] == [STACK]
+    left, kept = 4 * IN * 10, 6 * IN
+    assert report.totals["left_out"] == pytest.approx(left / (left + kept))
+
+
+def test_parts_of_different_dtypes_are_no_matrix_to_extract(tmp_path):
+    case = CASES["concat-equal"]
+    tuned, base = (split_base(tmp_path / n, case, matrix_of(case, seed)) for seed, n in enumerate(("tuned", "base")))
+    tensors = tensors_of(tuned)
+    save_file(
+        tensors | {"k": tensors.pop(k := f"{case.names[1]}.weight")}
+        if False
+        else {n: t.half() if n == f"{case.names[1]}.weight" else t for n, t in tensors_of(tuned).items()},
+        tuned / "model.safetensors",
+    )
+    with pytest.raises(loratool.LoratoolError, match=r"k_proj.weight F16 \[6, 7\]"):
+        loratool.extract(tuned, base, tmp_path / "adapter", rank=1)
+
+
+# ------------------------------------------------------------------------------------------------------------- convert
+
+
+def kohya_delta(file: Path, module: str) -> torch.Tensor:
+    """alpha / rank * up @ down in fp64, from the file alone."""
+    tensors = {n.removeprefix("lora_te_"): t.double() for n, t in load_file(file).items()}
+    up, down = (tensors[f"{module.replace('.', '_')}.lora_{x}.weight"] for x in ("up", "down"))
+    return tensors[f"{module.replace('.', '_')}.alpha"] / len(down) * up @ down
+
+
+SIZELESS = ["concat-equal", "blocks", "stride"]  # layouts that follow from the rows alone: no config is needed
+
+
+def alike(case: Case, names: tuple[str, ...]) -> dict[str, Factors]:
+    """Factors of different ranks and one scaling."""
+    ranks = dict(zip(case.names, (2, 1, 4), strict=False))
+    sizes = {name: len(part) for name, part in case.apart(matrix_of(case)).items()}
+    generator = torch.Generator().manual_seed(7)
+    return {
+        n: Factors(numbers(generator, sizes[n], ranks[n]), numbers(generator, ranks[n], IN), 1.5 * ranks[n])
+        for n in names
+    }
+
+
+@pytest.mark.parametrize("case", [CASES[name] for name in SIZELESS], ids=SIZELESS)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_are_joined_exactly_for_a_format_that_has_the_fused_name_and_back(case, count, tmp_path, plugins):
+    factors = alike(case, case.names[-count:])
+    wanted = plus(case, torch.zeros(case.out, IN), factors)
+    peft_of(tmp_path / "adapter", factors)
+    common = {"arch": case.arch, "plugins": plugins}
+    loratool.convert(tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", **common)
+    assert len(load_file(tmp_path / "a.safetensors")) == 3
+    assert torch.equal(kohya_delta(tmp_path / "a.safetensors", case.fused), wanted)
+    loratool.convert(tmp_path / "a.safetensors", tmp_path / "back", to="peft", **common)
+    assert torch.equal(peft_delta(tmp_path / "back", case.fused), wanted)
+
+
+NEEDY = ["concat-gqa", "concat-gate-up", "interleave-bloom", "interleave-internlm2", "interleave-falcon", "conv1d"]
+
+
+@pytest.mark.parametrize("case", [CASES[name] for name in NEEDY], ids=NEEDY)
+def test_parts_whose_places_need_the_config_are_not_joined_without_it(case, tmp_path, plugins):
+    peft_of(tmp_path / "adapter", alike(case, case.names))
+    before = snapshot(tmp_path)
+    with pytest.raises(loratool.LoratoolError, match="cannot be joined without the base: .*the config has no") as seen:
+        loratool.convert(tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", arch=case.arch, plugins=plugins)
+    assert seen.value.where == case.fused
+    assert seen.value.exit_code == 3
+    assert "config.json" in seen.value.hint
+    assert snapshot(tmp_path) == before
+
+
+def test_a_split_adapter_stays_split_in_its_own_format(tmp_path):
+    """A copy in PEFT needs no layout, so no config either."""
+    factors = alike(CASES["concat-gqa"], CASES["concat-gqa"].names)
+    peft_of(tmp_path / "adapter", factors)
+    loratool.convert(tmp_path / "adapter", tmp_path / "copy", to="peft", arch="phi3")
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("adapter", "copy"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_parts_of_different_scalings_are_joined_once_resize_has_folded_them_in(tmp_path):
+    case = CASES["concat-equal"]
+    factors = parts_factors(case)
+    peft_of(tmp_path / "adapter", factors)
+    with pytest.raises(loratool.LoratoolError, match="different scalings") as seen:
+        loratool.convert(tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", arch=case.arch)
+    assert "resize --energy 1 folds" in seen.value.hint
+    loratool.resize(tmp_path / "adapter", tmp_path / "folded", energy=1, arch=case.arch)
+    loratool.convert(tmp_path / "folded", tmp_path / "a.safetensors", to="kohya", arch=case.arch)
+    wanted = plus(case, torch.zeros(case.out, IN), factors)
+    torch.testing.assert_close(kohya_delta(tmp_path / "a.safetensors", case.fused), wanted, rtol=0, atol=1e-5)
+
+
+def refused(folder: Path, factors: dict[str, Factors], arch: str) -> str:
+    """What convert to kohya says; nothing may be written."""
+    peft_of(folder / "adapter", factors)
+    before = snapshot(folder)
+    with pytest.raises(loratool.LoratoolError) as seen:
+        loratool.convert(folder / "adapter", folder / "a.safetensors", to="kohya", arch=arch)
+    assert snapshot(folder) == before
+    assert seen.value.exit_code == 3
+    assert seen.value.hint
+    return str(seen.value)
+
+
+def test_parts_of_different_dtypes_are_not_joined(tmp_path):
+    case = CASES["concat-equal"]
+    factors = alike(case, case.names)
+    up, down, alpha = factors[case.names[1]]
+    factors[case.names[1]] = Factors(up.half(), down.half(), alpha)
+    assert "different dtypes" in refused(tmp_path, factors, case.arch)
+
+
+def test_parts_of_a_size_that_the_layout_does_not_have_are_not_joined(tmp_path):
+    case = CASES["concat-equal"]
+    q, k, _ = case.names
+    factors = random_factors({q: 12, k: 6}, alike=True)  # 18 rows together, as many as three parts of six
+    assert "W_pack[q] has 12 rows, which its layout does not allow" in refused(tmp_path, factors, case.arch)
+
+
+def test_a_weight_that_is_trained_whole_and_in_parts_is_not_converted_but_merged(tmp_path):
+    case = CASES["concat-equal"]
+    factors = random_factors({case.fused: 18, case.names[0]: 6}, alike=True)
+    assert "as a whole and in parts" in refused(tmp_path, factors, case.arch)
+    base = fused_base(tmp_path / "base", case, matrix_of(case))
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out")
+    merged = tensors_of(tmp_path / "out")[f"{case.fused}.weight"]
+    assert torch.equal(merged.double(), plus(case, matrix_of(case), factors))
+
+
+MOE = {
+    "mixtral": f"{LAYER}.block_sparse_moe.experts.{{e}}.",
+    "qwen3-moe": f"{LAYER}.mlp.experts.{{e}}.",
+}
+MOE_NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen3-moe": ("gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("arch", MOE)
+@pytest.mark.parametrize("version", ["0.18.0", "0.19.0"])
+def test_stacked_parameters_become_one_module_an_expert_in_another_format(arch, version, tmp_path):
+    experts, rank, inner = 3, 2, 5
+    generator = torch.Generator().manual_seed(8)
+    sizes = {".base_layer": (2 * inner, IN), "": (IN, inner)}  # gate_up_proj and down_proj: (experts, out, in)
+    tensors, deltas = {}, {}
+    for nest, (out, into) in sizes.items():
+        swap = version < "0.19"  # A had the size of the second axis, B that of the third
+        first, last = (out, into) if swap else (into, out)
+        down, up = numbers(generator, experts * rank, first), numbers(generator, last, rank * experts)
+        tensors[f"base_model.model.{LAYER}.mlp.experts{nest}.lora_A.weight"] = down
+        tensors[f"base_model.model.{LAYER}.mlp.experts{nest}.lora_B.weight"] = up
+        for e in range(experts):
+            delta = 1.5 * up[:, e::experts].double() @ down[rank * e : rank * (e + 1)].double()
+            deltas[nest, e] = delta.T if swap else delta
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": 3, "target_modules": [], "peft_version": version,
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }  # fmt: skip
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    loratool.convert(tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", arch=arch)
+    loratool.convert(tmp_path / "a.safetensors", tmp_path / "back", to="peft", arch=arch)
+    assert len(load_file(tmp_path / "a.safetensors")) == 3 * 3 * experts
+    for e in range(experts):
+        gate, up, down = (MOE[arch].format(e=e) + name for name in MOE_NAMES[arch])
+        wanted = {gate: deltas[".base_layer", e][:inner], up: deltas[".base_layer", e][inner:], down: deltas["", e]}
+        for module, delta in wanted.items():
+            assert torch.equal(kohya_delta(tmp_path / "a.safetensors", module), delta)
+            assert torch.equal(peft_delta(tmp_path / "back", module), delta)
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+@every_case
+def test_parts_are_inspected_as_what_they_are(case, tmp_path, plugins):
+    peft_of(tmp_path / "adapter", parts_factors(case))
+    report = loratool.inspect(tmp_path / "adapter", arch=case.arch, plugins=plugins)
+    roles = {"gate_proj": "gate", "up_proj": "up", "w1": "gate"}
+    wanted = {
+        name: roles.get(leaf, leaf[0] if leaf.endswith("_proj") else leaf)
+        for name in case.names
+        for leaf in [name.rpartition(".")[2]]
+    }
+    opened = open_adapter(tmp_path / "adapter", arch=case.arch, plugins=plugins)
+    found = {opened.origin.modules[t]: row["role"] for t, row in zip(opened.targets, report.rows, strict=True)}
+    assert found == wanted
