@@ -95,10 +95,14 @@ class Finding(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """A parameter of several matrices (experts, ., .): its path in memory, and the target of each matrix."""
+    """A parameter of several matrices (experts, ., .): its path in memory, and the target of each matrix.
+
+    `beyond` would be the next one: a base that has it has more matrices than the adapter was trained on.
+    """
 
     parameter: str
     targets: tuple[Target, ...]
+    beyond: Target | None = None
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class Peft:
                 tensors += [delta.down.renamed(f"{modules[target]}.{a}"), delta.up.renamed(f"{modules[target]}.{b}")]
                 told.append(Module(_bare(modules[target]), delta.rank, delta.alpha, delta.scaling))
         for module, stack in stacks.items():
-            whole, rank = peft_stacks.stacked([d for t in stack.targets for d in adapter.deltas[t]])
+            whole, rank = peft_stacks.stacked([adapter.deltas.get(t, (None,))[0] for t in stack.targets])
             tensors += [whole.down.renamed(f"{module}.{_FACTORS[0]}"), whole.up.renamed(f"{module}.{_FACTORS[1]}")]
             told.append(Module(stack.parameter, rank, whole.scaling * rank, whole.scaling, is_parameter=True))
         tensors += [ref.renamed(f"{modules[t]}{_BASE_COPY}") for t, ref in adapter.base_copies.items()]
@@ -187,11 +187,11 @@ def _modules(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], dict[s
 
 
 def _stacks(adapter: Adapter, architecture: Architecture | None, model_class: str) -> dict[str, Stack]:
-    """The stacked modules to write: those of the file that are still whole, and those of a family's 3-D parameters."""
+    """The stacked modules to write: those of the file, and those of a family's 3-D parameters."""
     kept = {
         m: s
         for m, s in (adapter.origin.stacks if adapter.origin.format == "peft" else {}).items()
-        if all(t in adapter.deltas for t in s.targets)
+        if any(t in adapter.deltas for t in s.targets)
     }
     done = {t for s in kept.values() for t in s.targets}
     loose = []

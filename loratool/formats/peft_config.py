@@ -48,7 +48,7 @@ _HARMLESS = {
 }  # fmt: skip
 _REPEAT = re.compile(r"\{(?:[0-9]+(?:,[0-9]*)?|,[0-9]*)\}")
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
-STACKED_SINCE = "0.19.0"  # the version of PEFT since which factors of 3-D parameters lie as they do (peft_stacks)
+STACKED_SINCE = (0, 19)  # the version of PEFT since which factors of 3-D parameters lie as they do (peft_stacks)
 WAY_OUT = "this part of the PEFT format is not carried yet; it is refused so that it cannot be lost"
 
 
@@ -224,6 +224,12 @@ class _Pattern:
                 self.patience = max(self.patience - spent, 0.001)
 
 
+def version_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the version of PEFT that wrote a config, or None where it does not say (before 0.18)."""
+    found = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", str(config.get("peft_version") or ""))
+    return (int(found[1]), int(found[2])) if found else None
+
+
 class Module(NamedTuple):
     """A module or parameter as the config speaks of it: its path, and the rank and alpha that it must get."""
 
@@ -259,7 +265,7 @@ def make_config(adapter: Adapter, modules: Sequence[Module]) -> dict[str, Any]:
     )
     if parameters:
         config["target_parameters"] = parameters
-        config["peft_version"] = STACKED_SINCE  # the order in which a stack's factors are written
+        config["peft_version"] = "0.19.0"  # the order in which a stack's factors are written
     else:
         config.pop("target_parameters", None)
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
@@ -274,7 +280,7 @@ def _unchanged(adapter: Adapter, config: Mapping[str, Any], modules: Sequence[Mo
     stacked = {t for stack in adapter.origin.stacks.values() for t in stack.targets}
     if set(adapter.deltas) != {*adapter.origin.modules, *stacked}:
         return False
-    if stacked and str(config.get("peft_version") or "0") < STACKED_SINCE:
+    if stacked and (version_of(config) or (0, 0)) < STACKED_SINCE:
         return False
     noise: list[Finding] = []
     scale = Scaling(config, noise)

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from loratool.adapter import Delta, Finding, LowRank, Stack, Target
 from loratool.architecture import Known
+from loratool.errors import MismatchError
 from loratool.formats.naming import Parts, error, shape_problem
-from loratool.formats.peft_config import Scaling
+from loratool.formats.peft_config import STACKED_SINCE, Scaling, version_of
 from loratool.layers import Experts
 from loratool.tensors import TensorRef, joined, padded, woven, zeros
 
@@ -87,10 +88,10 @@ def read(
     for module, parts in sound.items():
         rank = int(scaling.told(paths[module]))
         deltas = split(parts, rank, scaling(paths[module], rank), old=old[module])
-        each = [known[module].at(e) for e in range(len(deltas))]
-        targets = tuple(Target(k.component, k.parts) for k in each)
+        each = [known[module].at(e) for e in range(len(deltas) + 1)]
+        *targets, beyond = (Target(k.component, k.parts) for k in each)
         result.deltas.update({t: (d,) for t, d in zip(targets, deltas, strict=True)})
-        result.stacks[module] = Stack(paths[module], targets)
+        result.stacks[module] = Stack(paths[module], tuple(targets), beyond)
     return result
 
 
@@ -115,8 +116,8 @@ def swapped(
     stacks: Mapping[str, Parts], paths: Mapping[str, str], known: Mapping[str, Known], config: Mapping[str, Any]
 ) -> tuple[dict[str, bool], list[Finding]]:
     """Return for each stacked module whether its factors are in the order of PEFT 0.17 and 0.18."""
-    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
-    old = None if version is None else tuple(map(int, version.groups())) < (0, 19)
+    version = version_of(config)
+    old = None if version is None else version < STACKED_SINCE
     findings: list[Finding] = []
     result = {}
     for module in stacks:
@@ -159,12 +160,18 @@ def split(parts: Parts, rank: int, scaling: float, *, old: bool) -> list[LowRank
     return deltas
 
 
-def stacked(deltas: Sequence[LowRank]) -> tuple[LowRank, int]:
-    """Return the factors of a stack in the order of PEFT 0.19 and later, and their rank; shorter ones get zeros."""
-    rank = max(d.rank for d in deltas)
-    downs = [_rows_padded(d.down, rank) for d in deltas]
-    ups = [padded(d.up, rank) for d in deltas]
-    return LowRank(joined("", downs), woven("", ups), deltas[0].scaling), rank
+def stacked(deltas: Sequence[LowRank | None]) -> tuple[LowRank, int]:
+    """Return the factors of a stack in the order of PEFT 0.19 and later, and their rank.
+
+    Matrices without a delta and ranks that are smaller get zeros.
+    """
+    present = [d for d in deltas if d is not None]
+    rank = max(d.rank for d in present)
+    down, up = present[0].down, present[0].up
+    nothing = LowRank(zeros("", (rank, *down.shape[1:]), down.dtype), zeros("", (up.shape[0], rank), up.dtype), 1.0)
+    filled = [nothing if d is None else d for d in deltas]
+    downs = [_rows_padded(d.down, rank) for d in filled]
+    return LowRank(joined("", downs), woven("", [padded(d.up, rank) for d in filled]), present[0].scaling), rank
 
 
 def _rows_padded(ref: TensorRef, rows: int) -> TensorRef:
@@ -189,5 +196,7 @@ def stack_of(targets: Sequence[Target], in_memory: Mapping[str, str]) -> dict[st
         names.sort(key=lambda p: _registration(p.rpartition(".")[2]))
         for depth, parameter in enumerate(reversed(names)):
             experts = groups[parameter]
+            if sorted(experts) != list(range(len(experts))):
+                raise MismatchError(f"only {len(experts)} of its matrices have a delta", where=parameter)
             stacks[owner + _NESTED * depth] = Stack(parameter, tuple(experts[e] for e in sorted(experts)))
     return stacks

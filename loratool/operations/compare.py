@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, Delta, Target
 from loratool.errors import InputError, MismatchError
+from loratool.operations.writing import in_whole_modules
 from loratool.plan import Emit, Facts, Input, Load, Out, Plan, Report, Settled, Spooled
 from loratool.tensors import TensorRef
 
@@ -79,7 +80,9 @@ def _joined(deltas: tuple[Delta, ...], load: Load) -> tuple[torch.Tensor, torch.
 
 
 def plan(first: Adapter, second: Adapter) -> Plan:
-    """Plan the comparison of two adapters, over the modules of either."""
+    """Plan the comparison of two adapters, over the modules of either; a stack meets the modules that it stands for."""
+    if first.deltas.keys() != second.deltas.keys():
+        first, second = in_whole_modules(first, None), in_whole_modules(second, None)
     targets = sorted({*first.deltas, *second.deltas}, key=lambda t: t.sort_key)
     common = [t for t in targets if t in first.deltas and t in second.deltas]
     if not common:

@@ -15,16 +15,17 @@ from math import isfinite, prod, sqrt
 from typing import TYPE_CHECKING
 
 from loratool import dtypes
-from loratool.adapter import Adapter, Delta, Finding, Origin, Target
+from loratool.adapter import Adapter, Delta, Finding, LowRank, Origin, Target
 from loratool.architecture import Architecture
 from loratool.errors import InputError, MismatchError
 from loratool.hookspecs import Format
+from loratool.layers import Experts
 from loratool.operations.matching import Place, bare_name, places, stitched, tied_partner
 from loratool.operations.resize import Rule, emit_factors, settled_factors
 from loratool.operations.writing import spell
 from loratool.patterns import selects
 from loratool.plan import Emit, Facts, Input, Load, Out, Plan, Report, Settled, Spooled, Unit
-from loratool.tensors import TensorRef, TensorSource
+from loratool.tensors import TensorRef, TensorSource, zeros
 
 if TYPE_CHECKING:
     import torch
@@ -250,14 +251,16 @@ def plan(
             row["norm"] = sqrt(fact["total"])
             row["retained"] = 1 - fact["residual"] / fact["total"]
             row["error"] = sqrt(fact["residual"] / fact["total"])
+        deltas |= _unchanged_experts(pairs, modules, deltas)
         if not deltas:
             raise InputError("the two models are equal: there is nothing to extract", where=tuned.path)
-        total = sum(facts[str(t)]["total"] for t in deltas)
-        residual = sum(facts[str(t)]["residual"] for t in deltas)
+        changed = [str(unit.target) for unit in modules if not facts[unit.key].get("same")]
+        total = sum(facts[key]["total"] for key in changed)
+        residual = sum(facts[key]["residual"] for key in changed)
         # not the config's _name_or_path: that is where the base itself once came from
-        adapter = Adapter(deltas, Origin("", tuned.path), base_model=base.path)
+        adapter = Adapter(_with_whole_stacks(deltas, pairs), Origin("", tuned.path), base_model=base.path)
         report.totals |= {
-            "changed": len(deltas),
+            "changed": len(changed),
             "retained": 1 - residual / total,
             "error": sqrt(residual / total),
             "norm": sqrt(total),
@@ -268,6 +271,36 @@ def plan(
 
     inputs = Input(tuned.path, tuned.tensors), Input(base.path, base.tensors, dict.fromkeys(lost, "only in the base"))
     return Plan(units, report, settle, (), format.single_file or "file" in options, inputs)
+
+
+def _with_whole_stacks(deltas: Mapping[Target, tuple[Delta, ...]], pairs: Pairs) -> dict[Target, tuple[Delta, ...]]:
+    """Return the deltas and a zero one for the other experts of each stack: by their number formats count them."""
+    stacks = {_whole(t): ds[0] for t, ds in deltas.items() if isinstance(pairs[t][0].layer, Experts)}
+    found = dict(deltas)
+    for target in (t for t in pairs if t not in found and _whole(t) in stacks):
+        (down, up), shape = stacks[_whole(target)].refs, _shape(pairs[target][0])
+        found[target] = (LowRank(zeros("", (1, shape[1]), down.dtype), zeros("", (shape[0], 1), up.dtype), 1.0),)
+    return found
+
+
+def _unchanged_experts(
+    pairs: Pairs, modules: Sequence[ExtractModule], deltas: Mapping[Target, tuple[Delta, ...]]
+) -> dict[Target, tuple[Delta, ...]]:
+    """Return deltas of zero for the other experts of a stack: a format may have to write the stack as a whole."""
+    outs = {_stack(unit.target): unit.outs for unit in modules if unit.target in deltas and _stack(unit.target)}
+    nothing: dict[Target, tuple[Delta, ...]] = {}
+    for target in pairs:
+        if target not in deltas and _stack(target) in outs:
+            down, up = outs[_stack(target)]
+            factors = zeros("", (1, *down.shape[1:]), down.dtype), zeros("", (up.shape[0], 1), up.dtype)
+            nothing[target] = (LowRank(*factors, 1.0),)
+    return nothing
+
+
+def _stack(target: Target) -> tuple[str, str] | None:
+    """The 3-D parameter that a target is an expert of, or None."""
+    weight, _, index = target.parts[0].partition("[")
+    return (target.component, weight) if index[:-1].isdecimal() else None
 
 
 def _extract_units(chosen: Pairs, rank: int, dtype: str, memory: int) -> list[ExtractModule]:

@@ -165,7 +165,8 @@ def _resolve_path(
     whole = known.get(Target(component, (weight,))) if weight else None
     if whole is not None:  # a part of a weight that is fused in the base
         rows = architecture.layout(weight, component, whole.out, config).get(path)
-        return [Slice(path, whole.part(rows, path[len(weight) + 1 : -1]))] if rows else []
+        part = path[len(weight) + 1 : -1]
+        return [Slice(path, whole.part(rows, whole.role if part.isdecimal() else part))] if rows else []
     apart = _apart(component, path, known, architecture)
     layout = architecture.layout(path, component, sum(p.out for p in apart.values()), config) if apart else {}
     for part, held in apart.items():

@@ -160,6 +160,9 @@ def _match(
     touched: AllTouched = {}
     problems: list[str] = []
     for adapter, weight in adapters:
+        for stack in adapter.origin.stacks.values():
+            if stack.beyond and resolve(stack.beyond, known, architecture, base.config or {}):
+                problems.append(f"{stack.parameter}: the adapter has {len(stack.targets)} experts, the base has more")
         for target in adapter.targets:
             slices = resolve(target, known, architecture, base.config or {})
             if not slices:

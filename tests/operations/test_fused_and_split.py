@@ -5,6 +5,7 @@ weights are small multiples of powers of two, so merging in fp32 rounds nothing 
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,19 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_files import run_main, snapshot
 
 import loratool
+import loratool.operations.extract
+import loratool.operations.merge
+from loratool import operations
+from loratool.api import open_adapter
+from loratool.operations import panels
+from loratool.plan import Plan
 from loratool.plugins import load
+from loratool.storage import checkpoint
+from loratool.storage.load import Loader
+from loratool.tensors import Span
 
 IN = 7  # input features: unlike every number of rows, so that swapped axes are noticed
 LAYER = "model.layers.0"
@@ -33,7 +44,8 @@ def register_architectures():
                      aliases=(f"layers.{{i}}.(q_proj|k_proj|v_proj) = {fused}[(q|k|v)]",))
         for name, fused in ATTENTION.items()
     ]
-    dbrx = Architecture(name="split-dbrx", like="dbrx", aliases=(f"{EXPERTS}.{{e}}.(w1|v1) = {EXPERTS}.mlp.(w1|v1)[{{e}}]",))
+    dbrx = Architecture(
+        name="split-dbrx", like="dbrx", aliases=(f"{EXPERTS}.{{e}}.(w1|v1) = {EXPERTS}.mlp.(w1|v1)[{{e}}]",))
     oss = Architecture(
         name="split-oss", like="gpt-oss",
         aliases=("layers.{i}.expert.{e}.gate_up_proj = model.layers.{i}.mlp.experts.gate_up_proj[{e}]",))
@@ -49,7 +61,7 @@ def register_architectures():
 class Case(NamedTuple):
     """A fused weight: its module in the file and its rows, what its parts are called, and where they lie in it.
 
-    `parts(W)` gives views of W (out, in) in the shape that the modeling code has them in, in the order of `names`.
+    `parts(w)` gives views of w (out, in) in the shape that the modeling code has them in, in the order of `names`.
     """
 
     arch: str
@@ -72,8 +84,8 @@ class Case(NamedTuple):
 def heads(groups: int, queries: int, dim: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
     """[groups, (queries, k, v), dim], as in modeling_falcon (new decoder) and modeling_internlm2."""
 
-    def parts(W):
-        grouped = W.view(groups, queries + 2, dim, IN)
+    def parts(w):
+        grouped = w.view(groups, queries + 2, dim, IN)
         return grouped[:, :-2], grouped[:, -2], grouped[:, -1]
 
     return parts
@@ -87,20 +99,20 @@ GQA = {"hidden_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = {
     "concat-equal": Case(
         "baichuan", {"model_type": "baichuan", "vocab_size": 8}, f"{LAYER}.self_attn.W_pack", 18,
-        qkv(f"{LAYER}.self_attn"), lambda W: W.chunk(3),
+        qkv(f"{LAYER}.self_attn"), lambda w: w.chunk(3),
     ),
     "concat-gqa": Case(
         "phi3", {"model_type": "phi3", **GQA}, f"{LAYER}.self_attn.qkv_proj", 24,
-        qkv(f"{LAYER}.self_attn"), lambda W: (W[:12], W[12:18], W[18:]),
+        qkv(f"{LAYER}.self_attn"), lambda w: (w[:12], w[12:18], w[18:]),
     ),
     "concat-gate-up": Case(
         "phi3", {"model_type": "phi3", "intermediate_size": 10}, f"{LAYER}.mlp.gate_up_proj", 20,
-        (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"), lambda W: W.chunk(2),
+        (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"), lambda w: w.chunk(2),
     ),
     "interleave-bloom": Case(  # view(batch, length, num_heads, 3, head_dim)
         "split-bloom", {"model_type": "bloom", "n_head": 2, "hidden_size": 6},
         "transformer.h.0.self_attention.query_key_value", 18, qkv("layers.0"),
-        lambda W: tuple(W.view(2, 3, 3, IN).unbind(1)),
+        lambda w: tuple(w.view(2, 3, 3, IN).unbind(1)),
     ),
     "interleave-internlm2": Case(
         "internlm2", {"model_type": "internlm2", **GQA}, f"{LAYER}.attention.wqkv", 24,
@@ -114,19 +126,20 @@ CASES = {
     ),
     "blocks": Case(  # qkv.reshape(..., 4, -1), then split into query, value, key
         "split-codegen", {"model_type": "codegen"}, "transformer.h.0.attn.qkv_proj", 24, qkv("layers.0"),
-        lambda W: tuple(W.view(4, 3, 2, IN)[:, n] for n in (0, 2, 1)),
+        lambda w: tuple(w.view(4, 3, 2, IN)[:, n] for n in (0, 2, 1)),
     ),
     "stride": Case(
-        "strided", {}, "layers.0.gate_up", 10, ("layers.0.gate", "layers.0.up"), lambda W: (W[::2], W[1::2]),
+        "strided", {}, "layers.0.gate_up", 10, ("layers.0.gate", "layers.0.up"), lambda w: (w[::2], w[1::2]),
     ),
     "stack": Case(  # w1.view(num_experts, ffn_hidden_size, hidden_size)
         "split-dbrx", {"model_type": "dbrx", "ffn_config": {"ffn_hidden_size": 4}},
-        "transformer.blocks.0.ffn.experts.mlp.w1", 12, tuple(f"transformer.blocks.0.ffn.experts.{e}.w1" for e in range(3)),
-        lambda W: tuple(W.view(3, 4, IN)), leaf="",
+        "transformer.blocks.0.ffn.experts.mlp.w1", 12,
+        tuple(f"transformer.blocks.0.ffn.experts.{e}.w1" for e in range(3)),
+        lambda w: tuple(w.view(3, 4, IN)), leaf="",
     ),
     "conv1d": Case(
         "split-gpt2", {"model_type": "gpt2", "n_embd": 6}, "transformer.h.0.attn.c_attn", 18, qkv("layers.0"),
-        lambda W: W.chunk(3), conv1d=True,
+        lambda w: w.chunk(3), conv1d=True,
     ),
 }  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -196,8 +209,8 @@ def peft_of(folder: Path, factors: dict[str, Factors], **config: Any) -> Path:
         tensors[f"base_model.model.{module}.lora_B.weight"] = up
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     patterns = {
-        "rank_pattern": {f"^{m}": f.down.shape[0] for m, f in factors.items()},
-        "alpha_pattern": {f"^{m}": f.alpha for m, f in factors.items()},
+        "rank_pattern": {"^" + re.escape(m): f.down.shape[0] for m, f in factors.items()},
+        "alpha_pattern": {"^" + re.escape(m): f.alpha for m, f in factors.items()},
     }
     content = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": list(factors), **patterns, **config}
     (folder / "adapter_config.json").write_text(json.dumps(content))
@@ -282,10 +295,10 @@ def oss_stack(seed: int = 0) -> torch.Tensor:
     return numbers(torch.Generator().manual_seed(seed), 3, IN, 10)
 
 
-def oss_parts(stack: torch.Tensor) -> dict[str, torch.Tensor]:
+def oss_parts(stack: torch.Tensor, experts: int = 3) -> dict[str, torch.Tensor]:
     """gate = [..., ::2] and up = [..., 1::2] of each expert, as matrices (5, in): views."""
     names = ("gate_proj", "up_proj")
-    return {f"{LAYER}.mlp.experts.{e}.{n}": stack[e, :, k::2].T for e in range(3) for k, n in enumerate(names)}
+    return {f"{LAYER}.mlp.experts.{e}.{n}": stack[e, :, k::2].T for e in range(experts) for k, n in enumerate(names)}
 
 
 def test_gate_and_up_of_single_experts_merge_into_the_columns_of_a_stack(tmp_path):
@@ -338,7 +351,7 @@ def test_an_extract_between_any_two_forms_is_an_adapter_of_the_fused_weight(case
     common = {"arch": case.arch, "plugins": plugins}
     report = loratool.extract(*folders, tmp_path / "adapter", rank=2, **common)
     assert [row["module"] for row in report.rows] == [case.fused]
-    assert not report.findings
+    assert not [f for f in report.findings if "only in the base" in f.what]
     delta = peft_delta(tmp_path / "adapter", case.fused)
     torch.testing.assert_close(delta, factors[case.fused].delta, rtol=0, atol=1e-5)
     for form in ("fused", "split"):
@@ -369,6 +382,26 @@ def test_gate_and_up_of_experts_are_extracted_from_stacks_and_from_matrices_apar
         torch.testing.assert_close(found, delta, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("changed", [{0, 2}, {1}, {2}])
+@pytest.mark.parametrize("target", [(), (f"{STACK}[2]", f"{STACK}[1]")])
+def test_experts_that_did_not_change_keep_their_places_in_a_stack(changed, target, tmp_path):
+    """Nobody routes to some experts while tuning; a stack without them would update their neighbours."""
+    stack = oss_stack()
+    tuned = stack.clone()
+    for n in changed:
+        tuned[n] += n + 1
+    folders = base_of(tmp_path / "tuned", {STACK: tuned}, OSS), base_of(tmp_path / "base", {STACK: stack}, OSS)
+    if target and 0 in changed:
+        tuned[0] = stack[0]
+    report = loratool.extract(*folders, tmp_path / "adapter", rank=2, target=target, rest="skip")
+    assert report.totals["changed"] == len(changed - {0} if target else changed)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    down, up = (tensors[f"base_model.model.{LAYER}.mlp.experts.lora_{x}.weight"] for x in "AB")
+    rank = len(down) // 3
+    found = torch.stack([(up[:, e::3] @ down[rank * e : rank * (e + 1)]).T for e in range(3)])
+    torch.testing.assert_close(found, tuned - stack, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("rest", ["error", "skip"])
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_a_change_of_one_expert_that_is_not_extracted_is_never_overlooked(rest, changed, tmp_path):
@@ -392,13 +425,9 @@ def test_a_change_of_one_expert_that_is_not_extracted_is_never_overlooked(rest, 
 def test_parts_of_different_dtypes_are_no_matrix_to_extract(tmp_path):
     case = CASES["concat-equal"]
     tuned, base = (split_base(tmp_path / n, case, matrix_of(case, seed)) for seed, n in enumerate(("tuned", "base")))
+    key = f"{case.names[1]}.weight"
     tensors = tensors_of(tuned)
-    save_file(
-        tensors | {"k": tensors.pop(k := f"{case.names[1]}.weight")}
-        if False
-        else {n: t.half() if n == f"{case.names[1]}.weight" else t for n, t in tensors_of(tuned).items()},
-        tuned / "model.safetensors",
-    )
+    save_file(tensors | {key: tensors[key].half()}, tuned / "model.safetensors")
     with pytest.raises(loratool.LoratoolError, match=r"k_proj.weight F16 \[6, 7\]"):
         loratool.extract(tuned, base, tmp_path / "adapter", rank=1)
 
@@ -448,7 +477,7 @@ NEEDY = ["concat-gqa", "concat-gate-up", "interleave-bloom", "interleave-internl
 def test_parts_whose_places_need_the_config_are_not_joined_without_it(case, tmp_path, plugins):
     peft_of(tmp_path / "adapter", alike(case, case.names))
     before = snapshot(tmp_path)
-    with pytest.raises(loratool.LoratoolError, match="cannot be joined without the base: .*the config has no") as seen:
+    with pytest.raises(loratool.LoratoolError, match=r"cannot be joined without the base: .*the config has no") as seen:
         loratool.convert(tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", arch=case.arch, plugins=plugins)
     assert seen.value.where == case.fused
     assert seen.value.exit_code == 3
@@ -560,16 +589,207 @@ def test_stacked_parameters_become_one_module_an_expert_in_another_format(arch, 
 # ------------------------------------------------------------------------------------------------------------- inspect
 
 
-@every_case
-def test_parts_are_inspected_as_what_they_are(case, tmp_path, plugins):
-    peft_of(tmp_path / "adapter", parts_factors(case))
+ROLES = {"stride": ("gate", "up"), "concat-gate-up": ("gate", "up"), "blocks": ("q", "k", "v")}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "stack"])
+def test_parts_are_inspected_as_what_they_are(name, tmp_path, plugins):
+    case = CASES[name]
+    factors = parts_factors(case)
+    peft_of(tmp_path / "adapter", factors)
     report = loratool.inspect(tmp_path / "adapter", arch=case.arch, plugins=plugins)
-    roles = {"gate_proj": "gate", "up_proj": "up", "w1": "gate"}
-    wanted = {
-        name: roles.get(leaf, leaf[0] if leaf.endswith("_proj") else leaf)
-        for name in case.names
-        for leaf in [name.rpartition(".")[2]]
-    }
-    opened = open_adapter(tmp_path / "adapter", arch=case.arch, plugins=plugins)
-    found = {opened.origin.modules[t]: row["role"] for t, row in zip(opened.targets, report.rows, strict=True)}
-    assert found == wanted
+    roles = ROLES.get(name, ("q", "k", "v"))
+    wanted = {f"{case.fused}[{role}]": (role, factors[part]) for part, role in zip(case.names, roles, strict=True)}
+    assert {row["module"]: row["role"] for row in report.rows} == {m: role for m, (role, _) in wanted.items()}
+    for row in report.rows:
+        factor = wanted[row["module"]][1]
+        assert (row["up"], row["down"], row["alpha"]) == ([*factor.up.shape], [*factor.down.shape], factor.alpha)
+
+
+# ------------------------------------------------------------------------------------------------------------- compare
+
+
+def test_a_stack_is_compared_with_the_modules_that_it_stands_for(tmp_path):
+    """gate_up_proj of transformers 5 is w1 and w3 of each expert."""
+    rank, experts, inner = 2, 2, 5
+    generator = torch.Generator().manual_seed(4)
+    down, up = numbers(generator, experts * rank, IN), numbers(generator, 2 * inner, rank * experts)
+    (tmp_path / "stacked").mkdir()
+    prefix = f"base_model.model.{LAYER}.mlp.experts.lora_"
+    stacked = {f"{prefix}A.weight": down, f"{prefix}B.weight": up}
+    save_file(stacked, tmp_path / "stacked" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "peft_version": "0.19.0"}
+    config["target_parameters"] = ["mlp.experts.gate_up_proj"]
+    (tmp_path / "stacked" / "adapter_config.json").write_text(json.dumps(config))
+    single = {}
+    for e in range(experts):
+        one, part = up[:, e::experts], down[rank * e : rank * (e + 1)]
+        for n, name in enumerate(("w1", "w3")):
+            rows = one[inner * n : inner * (n + 1)].contiguous()
+            single[MOE["mixtral"].format(e=e) + name] = Factors(rows, part.clone(), 2)
+    peft_of(tmp_path / "same", single)
+    last = [*single][-1]
+    other = single[last].up + 1
+    peft_of(tmp_path / "other", single | {last: Factors(other, single[last].down, 2)})
+    same = loratool.compare(tmp_path / "stacked", tmp_path / "same", arch="mixtral")
+    assert same.totals["equal"]
+    assert same.totals["common"] == same.totals["modules"] == 2 * experts
+    report = loratool.compare(tmp_path / "stacked", tmp_path / "other", arch="mixtral")
+    assert [row["module"] for row in report.rows if row["distance"]] == [last]
+    deltas = {m: f.delta for m, f in single.items()}
+    changed = deltas | {last: other.double() @ single[last].down.double()}
+    norm = max(torch.cat([*both.values()]).norm() for both in (deltas, changed))
+    distance = (changed[last] - deltas[last]).norm() / norm
+    assert report.totals["distance"] == pytest.approx(float(distance), abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+PACK, BAICHUAN = CASES["concat-equal"].fused, CASES["concat-equal"].config
+QKV, PHI3 = CASES["concat-gqa"].fused, CASES["concat-gqa"].config
+W1 = CASES["stack"].fused
+
+
+class Wrong(NamedTuple):
+    """A base and an adapter that do not go together, and what the message must say."""
+
+    base: dict[str, int]  # tensor: rows
+    config: dict[str, Any] | None
+    arch: str
+    adapter: dict[str, int]  # module: rows
+    words: tuple[str, ...]
+
+
+WRONG = {
+    "no-whole-parts": Wrong(
+        {f"{PACK}.weight": 20}, BAICHUAN, "baichuan", {f"{LAYER}.self_attn.q_proj": 6},
+        (PACK, "concat of q|k|v", "20 does not divide by 3", "--arch"),
+    ),
+    "no-config": Wrong(
+        {f"{QKV}.weight": 24}, None, "phi3", {f"{LAYER}.self_attn.q_proj": 12},
+        (QKV, "the config has no num_attention_heads", "config.json beside the base"),
+    ),
+    "no-config-of-a-split-base": Wrong(
+        {f"{n}.weight": 8 for n in qkv(f"{LAYER}.self_attn")}, None, "phi3", {QKV: 24},
+        (QKV, "the config has no num_attention_heads", "config.json beside the base"),
+    ),
+    "another-config": Wrong(
+        {f"{QKV}.weight": 30}, PHI3, "phi3", {f"{LAYER}.self_attn.k_proj": 6},
+        (QKV, "12 + 6 + 6 rows are not 30 rows", "--arch"),
+    ),
+    "a-part-too-high": Wrong(
+        {f"{PACK}.weight": 18}, BAICHUAN, "baichuan", {f"{LAYER}.self_attn.v_proj": 7},
+        (f"{PACK}[v]", "the base's weight is [6, 7], the adapter updates [7, 7]", "right base"),
+    ),
+    "a-split-base-with-odd-parts": Wrong(
+        {f"{n}.weight": rows for n, rows in zip(qkv(f"{LAYER}.self_attn"), (7, 5, 6), strict=True)}, BAICHUAN,
+        "baichuan", {PACK: 18}, (f"{PACK}[q]", "q_proj.weight has 7 rows, and the layout gives it 6", "config.json"),
+    ),
+    "a-split-base-without-all-parts": Wrong(
+        {f"{LAYER}.self_attn.q_proj.weight": 6, f"{LAYER}.self_attn.v_proj.weight": 6}, BAICHUAN, "baichuan",
+        {PACK: 18}, (PACK, "the base has no such module"),
+    ),
+    "slabs-that-do-not-divide": Wrong(
+        {W1: 14}, CASES["stack"].config, "dbrx", {f"{W1}[0]": 4}, (W1, "layout stack", "are not 14 rows", "--arch"),
+    ),
+    "an-expert-too-many": Wrong(
+        {W1: 12}, CASES["stack"].config, "dbrx", {f"{W1}[3]": 4}, (f"{W1}[3]", "the base has no such module"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
+def test_what_does_not_fit_is_named_and_nothing_is_written(case, tmp_path, capsys):
+    base_of(tmp_path / "base", {name: torch.ones(rows, IN) for name, rows in case.base.items()}, case.config)
+    peft_of(tmp_path / "adapter", random_factors(case.adapter))
+    before = snapshot(tmp_path)
+    out = tmp_path / "out"
+    code = run_main("merge", tmp_path / "base", tmp_path / "adapter", "-o", out, "--arch", case.arch)
+    message = " ".join(capsys.readouterr().err.split())
+    assert code == 3
+    for words in case.words:
+        assert words in message
+    assert snapshot(tmp_path) == before
+
+
+def test_an_extract_whose_layout_needs_a_config_says_so(tmp_path, capsys):
+    case = CASES["concat-gqa"]
+    split_base(tmp_path / "tuned", case, matrix_of(case))
+    split_base(tmp_path / "base", case, matrix_of(case, 1))
+    (tmp_path / "tuned" / "config.json").unlink()
+    before = snapshot(tmp_path)
+    arguments = ("extract", tmp_path / "tuned", "--base", tmp_path / "base", "-o", tmp_path / "out", "--rank", 2)
+    assert run_main(*arguments, "--arch", "phi3") == 3
+    message = " ".join(capsys.readouterr().err.split())
+    assert "the config has no num_attention_heads" in message
+    assert "config.json" in message
+    assert snapshot(tmp_path) == before
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+ROWS = 64  # of one expert: the least that a tile has
+CONFIG = OSS | {"hidden_size": ROWS}
+
+
+def big_stack(experts: int) -> torch.Tensor:
+    return numbers(torch.Generator().manual_seed(experts), experts, ROWS, 10)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """(file, bytes) of every single tensor that is read, at whatever depth of a view; tiles are 64 rows high."""
+    monkeypatch.setattr(panels, "TILE", 1)
+    monkeypatch.setattr(operations.merge, "PANEL", 1)
+    found: list[tuple[str, int]] = []
+    call = Loader.__call__
+
+    def listening(self, ref, into=None):
+        found.extend((Path(piece.path).parent.name, ref.nbytes) for piece in ref.pieces[:1] if isinstance(piece, Span))
+        return call(self, ref, into)
+
+    monkeypatch.setattr(Loader, "__call__", listening)
+    return found
+
+
+def scratch(plan: Plan) -> int:
+    return max(unit.scratch for unit in plan.units)
+
+
+def test_a_merge_never_holds_more_than_one_expert_of_a_stack(tmp_path, reads, plugins):
+    module, needed = f"{LAYER}.mlp.experts.3.gate_proj", []
+    factors = {module: Factors(torch.ones(5, 1), torch.ones(1, ROWS), 1)}
+    adapter = peft_of(tmp_path / "adapter", factors)
+    for experts in (6, 12):
+        base = base_of(tmp_path / f"base{experts}", {STACK: big_stack(experts)}, CONFIG)
+        family, opened = plugins.architecture("gpt-oss"), checkpoint.open_base(str(base))
+        plan = operations.merge.plan(opened, family, [(open_adapter(adapter, arch=family), 1.0)], out_name="")
+        needed.append(scratch(plan))
+        assert max(ref.nbytes for unit in plan.units for ref in unit.reads) == ROWS * 10 * 4
+        loratool.merge(base, [adapter], tmp_path / f"out{experts}")
+        sizes = [n for file, n in reads if file == base.name]
+        assert max(sizes) == ROWS * 10 * 4
+        assert sum(sizes) == experts * ROWS * 10 * 4  # and nothing is read twice
+    assert needed[0] == needed[1]
+
+
+@pytest.mark.parametrize("forms", ["stack-apart", "apart-stack", "stack-stack"])
+def test_an_extract_never_holds_more_than_one_expert_of_a_stack(forms, tmp_path, reads, plugins):
+    needed = []
+    for experts in (6, 12):
+        folders = []
+        for name, form, step in zip(("tuned", "base"), forms.split("-"), (1, 0), strict=True):
+            stack = big_stack(experts) + step
+            tensors = {STACK: stack}
+            if form == "apart":
+                tensors = {f"{n}.weight": t for n, t in oss_parts(stack, experts).items()}
+            folders.append(base_of(tmp_path / f"{name}{experts}", tensors, CONFIG))
+        opened = [checkpoint.open_base(str(folder)) for folder in folders]
+        family, rule = plugins.architecture("gpt-oss"), operations.resize.Rule(rank=1)
+        plan = operations.extract.plan(*opened, family, rule, plugins.format("peft"), options={})
+        needed.append(scratch(plan))
+        assert max(ref.nbytes for unit in plan.units for ref in unit.reads) == ROWS * 10 * 4
+        loratool.extract(*folders, tmp_path / f"out{experts}", rank=1, arch="gpt-oss")
+        assert max(size for file, size in reads if file in {f.name for f in folders}) == ROWS * 10 * 4
+    assert needed[0] == needed[1]

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool
+from loratool.errors import MismatchError
 
 SIZES = {
     "vocab_size": 64,
@@ -226,3 +227,52 @@ def test_a_resized_stack_is_read_by_peft(case, tmp_path):
         again = peft.PeftModel.from_pretrained(model(*STACKED[case]), tmp_path / "resized").merge_and_unload()
     for name, value in again.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", ["gpt_oss", "mixtral"])
+def test_only_the_experts_that_changed_are_extracted_and_the_others_stay(case, tmp_path):
+    live = model(*STACKED[case])
+    live.save_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        stack = next(p for n, p in live.named_parameters() if n.endswith("experts.down_proj"))
+        stack[2] += torch.randn(stack.shape[1], 2, generator=generator) @ torch.randn(
+            2, stack.shape[2], generator=generator
+        )
+    live.save_pretrained(tmp_path / "tuned")
+    report = loratool.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "adapter", rank=2)
+    assert report.totals["changed"] == 1
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "again")
+    wanted, found = tensors(tmp_path / "tuned"), tensors(tmp_path / "again")
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["gpt_oss", "mixtral"])
+def test_an_adapter_for_fewer_experts_than_the_base_has_is_refused(case, tmp_path):
+    trained(model(*STACKED[case])).save_pretrained(tmp_path / "adapter")
+    name, settings = STACKED[case]
+    model(name, settings | {"num_local_experts": 6}).save_pretrained(tmp_path / "base")
+    with pytest.raises(MismatchError, match="the adapter has 4 experts, the base has more"):
+        loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["gpt_oss", "mixtral"])
+def test_a_resized_part_of_a_stack_leaves_the_other_experts_alone(case, tmp_path):
+    live = model(*STACKED[case])
+    live.save_pretrained(tmp_path / "base")
+    trained(live, rank=3).save_pretrained(tmp_path / "adapter")
+    pattern = "down_proj[1]" if case == "gpt_oss" else "experts.1.w2"
+    family = case.replace("_", "-")  # a stack in memory has one name in many families, its experts have several
+    loratool.resize(tmp_path / "adapter", tmp_path / "one", rank=3, target=[pattern], arch=family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(model(*STACKED[case]), tmp_path / "one").merge_and_unload().state_dict()
+        whole = peft.PeftModel.from_pretrained(model(*STACKED[case]), tmp_path / "adapter").merge_and_unload()
+    base = model(*STACKED[case]).state_dict()
+    for name, value in whole.state_dict().items():
+        wanted = base[name].clone()
+        if name.endswith("experts.down_proj"):
+            wanted[1] = value[1]
+        torch.testing.assert_close(again[name], wanted, rtol=0, atol=2e-6)
