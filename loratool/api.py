@@ -192,7 +192,8 @@ def compare(first: StrPath, second: StrPath, **settings: Unpack[Settings]) -> Re
     from loratool.operations import compare as operation
 
     reading, running = _split(settings)
-    plan = operation.plan(*(open_adapter(a, **reading).require_sound() for a in (first, second)))
+    one, two = (open_adapter(a, **reading).require_sound() for a in (first, second))
+    plan = operation.plan(one, two, _architecture(one, running))
     plan.preview.sources |= {"first": str(first), "second": str(second)}
     return _finish(plan, [], None, **running)
 

@@ -186,7 +186,8 @@ class Architecture:
         fused = self._fused[component].find(whole)
         if len(indices) > 1 or fused is None or not any(_has_part(f, indices[0]) for f in fused.value):
             return None
-        return Known(component, (path,), layer, indices[0], "e" if "[{e}]" in path else "")
+        role = role if indices[0].isdecimal() else indices[0]
+        return Known(component, (path,), layer, role, "e" if "[{e}]" in path else "")
 
     def layout(self, path: str, component: str, out: int, config: Mapping[str, Any]) -> dict[str, Rows]:
         """Return which output rows of a fused weight belong to each part, `path[q]` by `path[q]`; empty if not fused.

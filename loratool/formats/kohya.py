@@ -76,7 +76,8 @@ class Kohya:
                 where=adapter.origin.path,
                 hint="loratool arch lists the families; choose with --arch, or add one with -p",
             )
-        every = [(t, delta) for t, deltas in adapter.deltas.items() for delta in deltas]
+        nameless = [t for t in adapter.deltas if "[" in t.path]
+        every = [(t, delta) for t, deltas in adapter.deltas.items() if t not in nameless for delta in deltas]
         # An absent alpha means alpha = rank to every reader. diffusers (0.42) applies the commonest alpha of a file to
         # all of it, so where alphas would differ only because ranks do, leaving them out is what survives everywhere.
         differ = len({delta.alpha for _, delta in every}) > 1
@@ -88,6 +89,7 @@ class Kohya:
             if not left_out:
                 tensors.append(inline_scalar(f"{module}.alpha", delta.alpha))
         losses = [f"{t}: the copy of the base weight that PEFT saved along" for t in adapter.base_copies]
+        losses += [f"{t}: kohya has no name for a part of a weight" for t in nameless]
         notes = []
         rounded = [t for t, d in every if dtypes.decode_scalar("F32", dtypes.encode_scalar(d.alpha)) != d.alpha]
         if rounded:

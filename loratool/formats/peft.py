@@ -122,7 +122,9 @@ class Peft:
                 tensors += [delta.down.renamed(f"{modules[target]}.{a}"), delta.up.renamed(f"{modules[target]}.{b}")]
                 told.append(Module(_bare(modules[target]), delta.rank, delta.alpha, delta.scaling))
         for module, stack in stacks.items():
-            whole, rank = peft_stacks.stacked([adapter.deltas.get(t, (None,))[0] for t in stack.targets])
+            whole, rank = peft_stacks.stacked(
+                stack.parameter, [adapter.deltas.get(t, (None,))[0] for t in stack.targets]
+            )
             tensors += [whole.down.renamed(f"{module}.{_FACTORS[0]}"), whole.up.renamed(f"{module}.{_FACTORS[1]}")]
             told.append(Module(stack.parameter, rank, whole.scaling * rank, whole.scaling, is_parameter=True))
         tensors += [ref.renamed(f"{modules[t]}{_BASE_COPY}") for t, ref in adapter.base_copies.items()]
@@ -194,6 +196,8 @@ def _stacks(adapter: Adapter, architecture: Architecture | None, model_class: st
         if any(t in adapter.deltas for t in s.targets)
     }
     done = {t for s in kept.values() for t in s.targets}
+    if adapter.origin.format == "peft":
+        done |= adapter.origin.modules.keys()
     loose = []
     for target in (t for t in adapter.deltas if t not in done and "[" in t.parts[0] and architecture):
         assert architecture is not None

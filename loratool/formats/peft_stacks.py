@@ -160,12 +160,18 @@ def split(parts: Parts, rank: int, scaling: float, *, old: bool) -> list[LowRank
     return deltas
 
 
-def stacked(deltas: Sequence[LowRank | None]) -> tuple[LowRank, int]:
+def stacked(parameter: str, deltas: Sequence[LowRank | None]) -> tuple[LowRank, int]:
     """Return the factors of a stack in the order of PEFT 0.19 and later, and their rank.
 
     Matrices without a delta and ranks that are smaller get zeros.
     """
     present = [d for d in deltas if d is not None]
+    if len({(d.scaling, d.down.dtype, d.up.dtype) for d in present}) > 1:
+        raise MismatchError(
+            "its matrices have different scalings or dtypes, and PEFT has one of each for the whole parameter",
+            where=parameter,
+            hint="loratool resize folds the scalings in",
+        )
     rank = max(d.rank for d in present)
     down, up = present[0].down, present[0].up
     nothing = LowRank(zeros("", (rank, *down.shape[1:]), down.dtype), zeros("", (up.shape[0], rank), up.dtype), 1.0)

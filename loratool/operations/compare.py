@@ -13,6 +13,7 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING
 
 from loratool.adapter import Adapter, Delta, Target
+from loratool.architecture import Architecture
 from loratool.errors import InputError, MismatchError
 from loratool.operations.writing import in_whole_modules
 from loratool.plan import Emit, Facts, Input, Load, Out, Plan, Report, Settled, Spooled
@@ -79,10 +80,15 @@ def _joined(deltas: tuple[Delta, ...], load: Load) -> tuple[torch.Tensor, torch.
     return lowrank.add(pairs) if pairs else None
 
 
-def plan(first: Adapter, second: Adapter) -> Plan:
-    """Plan the comparison of two adapters, over the modules of either; a stack meets the modules that it stands for."""
+def plan(first: Adapter, second: Adapter, architecture: Architecture | None = None) -> Plan:
+    """Plan the comparison of two adapters, over the modules of either.
+
+    A stack meets the modules that it stands for, the parts of a fused weight (`architecture` knows them) the whole.
+    """
     if first.deltas.keys() != second.deltas.keys():
-        first, second = in_whole_modules(first, None), in_whole_modules(second, None)
+        paths = {part for a in (first, second) for t in a.deltas for part in t.parts}
+        family = architecture if any(path.rpartition("[")[0] in paths for path in paths) else None
+        first, second = in_whole_modules(first, family), in_whole_modules(second, family)
     targets = sorted({*first.deltas, *second.deltas}, key=lambda t: t.sort_key)
     common = [t for t in targets if t in first.deltas and t in second.deltas]
     if not common:

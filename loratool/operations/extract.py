@@ -19,7 +19,6 @@ from loratool.adapter import Adapter, Delta, Finding, LowRank, Origin, Target
 from loratool.architecture import Architecture
 from loratool.errors import InputError, MismatchError
 from loratool.hookspecs import Format
-from loratool.layers import Experts
 from loratool.operations.matching import Place, bare_name, places, stitched, tied_partner
 from loratool.operations.resize import Rule, emit_factors, settled_factors
 from loratool.operations.writing import spell
@@ -258,7 +257,7 @@ def plan(
         total = sum(facts[key]["total"] for key in changed)
         residual = sum(facts[key]["residual"] for key in changed)
         # not the config's _name_or_path: that is where the base itself once came from
-        adapter = Adapter(_with_whole_stacks(deltas, pairs), Origin("", tuned.path), base_model=base.path)
+        adapter = Adapter(deltas, Origin("", tuned.path), base_model=base.path)
         report.totals |= {
             "changed": len(changed),
             "retained": 1 - residual / total,
@@ -271,16 +270,6 @@ def plan(
 
     inputs = Input(tuned.path, tuned.tensors), Input(base.path, base.tensors, dict.fromkeys(lost, "only in the base"))
     return Plan(units, report, settle, (), format.single_file or "file" in options, inputs)
-
-
-def _with_whole_stacks(deltas: Mapping[Target, tuple[Delta, ...]], pairs: Pairs) -> dict[Target, tuple[Delta, ...]]:
-    """Return the deltas and a zero one for the other experts of each stack: by their number formats count them."""
-    stacks = {_whole(t): ds[0] for t, ds in deltas.items() if isinstance(pairs[t][0].layer, Experts)}
-    found = dict(deltas)
-    for target in (t for t in pairs if t not in found and _whole(t) in stacks):
-        (down, up), shape = stacks[_whole(target)].refs, _shape(pairs[target][0])
-        found[target] = (LowRank(zeros("", (1, shape[1]), down.dtype), zeros("", (shape[0], 1), up.dtype), 1.0),)
-    return found
 
 
 def _unchanged_experts(

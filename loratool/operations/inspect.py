@@ -81,11 +81,12 @@ def plan(adapter: Adapter, architecture: Architecture | None, *, spectrum: bool 
 
 
 def _row(target: Target, delta: Delta, architecture: Architecture | None) -> dict[str, object]:
-    known = architecture.find(target.parts[0], target.component) if architecture else None
+    each = [architecture.find(part, target.component) for part in target.parts] if architecture else []
+    known = each[0] if each else None
     return {
         "module": str(target),
         "group": known.layer.group if known else "",
-        "role": known.role if known else "",
+        "role": "+".join(dict.fromkeys(k.role for k in each if k)),
         "rank": delta.rank,
         "alpha": delta.alpha,
         "scaling": delta.scaling,

@@ -230,13 +230,14 @@ def bare_name(name: str, architecture: Architecture) -> str:
 def misfit(delta: Delta, slices: Sequence[Slice]) -> str:
     """Say how a delta does not fit the weights it updates, or nothing. A 1x1 convolution and a linear layer fit."""
     rows = sum(s.place.out for s in slices)
-    kernel = slices[0].place.stored.shape
-    wanted = (rows, kernel[0], *kernel[2:]) if slices[0].place.transposed else (rows, *kernel[1:])
     shape = delta.weight_shape(transposed=False)
-    if _squeezed(wanted) == _squeezed(shape):
-        return ""
-    stored, updated = (wanted[::-1], shape[::-1]) if slices[0].place.transposed else (wanted, shape)
-    return f"the base's weight is {list(stored)}, the adapter updates {list(updated)}"
+    for place in (s.place for s in slices):
+        kernel = place.stored.shape
+        wanted = (rows, kernel[0], *kernel[2:]) if place.transposed else (rows, *kernel[1:])
+        if _squeezed(wanted) != _squeezed(shape):
+            stored, updated = (wanted[::-1], shape[::-1]) if place.transposed else (wanted, shape)
+            return f"the base's weight is {list(stored)}, the adapter updates {list(updated)}"
+    return ""
 
 
 def sliced(delta: LowRank, rows: Rows | None) -> LowRank:

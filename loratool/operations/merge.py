@@ -122,7 +122,7 @@ class Touched(NamedTuple):
     """A matrix of the base that adapters change."""
 
     place: Place
-    targets: dict[Target, None]
+    targets: dict[Target, str]  # and their roles
     terms: list[Term]
 
     @property
@@ -132,7 +132,7 @@ class Touched(NamedTuple):
             "module": ", ".join(map(str, self.targets)),
             "tensor": self.place.tensor,
             "group": self.place.layer.group,
-            "role": self.place.role,
+            "role": "+".join(dict.fromkeys(self.targets.values())),
             "shape": list(self.place.stored.shape),
             "ranks": [t.down.shape[0] for t in self.terms],
         }
@@ -174,7 +174,7 @@ def _match(
             for one in slices if not found else ():
                 blocks = touched.setdefault(one.place.tensor, {})
                 entry = blocks.setdefault(one.place.row, Touched(one.place, {}, []))
-                entry.targets[target] = None
+                entry.targets[target] = "+".join(s.place.role for s in slices)
                 for delta in adapter.deltas[target]:
                     part = sliced(delta, one.rows)
                     entry.terms.append(Term(part.up, part.down, weight * delta.scaling, one.place.rows))

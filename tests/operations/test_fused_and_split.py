@@ -712,6 +712,15 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(case, tmp_path, capsy
     assert snapshot(tmp_path) == before
 
 
+def test_parts_of_a_split_base_with_other_inputs_are_refused(tmp_path):
+    case = CASES["concat-equal"]
+    tensors = {f"{n}.weight": torch.ones(6, IN - ("k_proj" in n)) for n in case.names}
+    base = base_of(tmp_path / "base", tensors, case.config)
+    adapter = peft_of(tmp_path / "adapter", random_factors({case.fused: 18}))
+    with pytest.raises(loratool.LoratoolError, match=r"the base's weight is \[18, 6\], the adapter updates \[18, 7\]"):
+        loratool.merge(base, [adapter], tmp_path / "out")
+
+
 def test_an_extract_whose_layout_needs_a_config_says_so(tmp_path, capsys):
     case = CASES["concat-gqa"]
     split_base(tmp_path / "tuned", case, matrix_of(case))

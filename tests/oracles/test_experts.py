@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.errors import MismatchError
+from loratool.errors import LoratoolError, MismatchError
 
 SIZES = {
     "vocab_size": 64,
@@ -61,7 +61,7 @@ def write_adapter(folder: Path, factors: dict[str, tuple[torch.Tensor, torch.Ten
     folder.mkdir()
     named = {}
     for module, (down, up) in factors.items():
-        named[f"base_model.model.{module}.lora_A.weight"] = down
+        named[f"base_model.model.{module}.lora_A.weight"] = down.clone()
         named[f"base_model.model.{module}.lora_B.weight"] = up
     save_file(named, folder / "adapter_model.safetensors")
     content = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": sorted(factors), **config}
@@ -276,3 +276,29 @@ def test_a_resized_part_of_a_stack_leaves_the_other_experts_alone(case, tmp_path
         if name.endswith("experts.down_proj"):
             wanted[1] = value[1]
         torch.testing.assert_close(again[name], wanted, rtol=0, atol=2e-6)
+
+
+def test_experts_of_different_alphas_keep_them_in_their_own_spelling_and_are_refused_as_a_stack(tmp_path):
+    live = model(*STACKED["gpt_oss"])
+    live.save_pretrained(tmp_path / "base")
+    factors = {f"model.layers.0.mlp.experts.{e}.down_proj": (torch.randn(2, 48), torch.randn(32, 2)) for e in range(4)}
+    pattern = {"alpha_pattern": {r"^model\.layers\.0\.mlp\.experts\.1\.down_proj": 20}}
+    write_adapter(tmp_path / "adapter", factors, r=2, **pattern)
+    loratool.convert(tmp_path / "adapter", tmp_path / "same", to="peft", arch="gpt-oss")
+    for name in ("adapter", "same"):
+        loratool.merge(tmp_path / "base", [tmp_path / name], tmp_path / f"out-{name}")
+    assert all(torch.equal(t, tensors(tmp_path / "out-same")[n]) for n, t in tensors(tmp_path / "out-adapter").items())
+    with pytest.raises(LoratoolError, match="no name for a part"):
+        loratool.convert(tmp_path / "adapter", tmp_path / "k.safetensors", to="kohya", arch="gpt-oss")
+
+
+def test_a_split_and_a_fused_spelling_of_one_update_are_equal(tmp_path):
+    torch.manual_seed(1)
+    down, ups = torch.randn(3, 32), [torch.randn(32, 3) for _ in range(3)]
+    attention = "model.layers.0.self_attn"
+    write_adapter(tmp_path / "fused", {f"{attention}.W_pack": (down, torch.cat(ups))})
+    write_adapter(tmp_path / "split", {f"{attention}.{n}_proj": (down, up) for n, up in zip("qkv", ups, strict=True)})
+    report = loratool.compare(tmp_path / "fused", tmp_path / "split", arch="baichuan")
+    assert report.totals["distance"] < 1e-6
+    write_adapter(tmp_path / "other", {f"{attention}.{n}_proj": (down, up) for n, up in zip("qvk", ups, strict=True)})
+    assert loratool.compare(tmp_path / "fused", tmp_path / "other", arch="baichuan").totals["distance"] > 0.1
