@@ -10,6 +10,7 @@ omit (`transformer.`, `bert.`, `model.`) spelled out and listed in `prefixes`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from loratool import expressions
 from loratool.errors import LoratoolError, MismatchError, PluginError
 from loratool.layers import Excluded, Experts, Fused, Layer
-from loratool.layouts import Rows
+from loratool.layouts import Layout, Rows
 from loratool.patterns import Lexicon, Rule, Skeleton, parse_rule
 
 _OPEN = "987654321"  # stands for the open index of a stack while its paths are looked up
@@ -266,13 +267,40 @@ class Architecture:
         for lexicon in self._lexicons.values():
             yield from lexicon
 
+    def validate_types(self) -> None:
+        """Raise PluginError where a field is of another type than it says: a tuple of one that lacks its comma."""
+
+        def require(name: str, value: object, kind: type, of: str) -> None:
+            if not isinstance(value, (tuple, list)) or not all(isinstance(item, kind) for item in value):
+                hint = "a tuple of one has a comma: (x,); see docs/plugins.md"
+                raise PluginError(f"{name} must be a tuple of {of}", where=self.name, hint=hint)
+
+        if not isinstance(self.match, Match):
+            raise PluginError("match must be Match(...)", where=self.name, hint="see docs/plugins.md")
+        require("layers", self.layers, Layer, "layers such as Linear(...)")
+        require("fused", self.fused, Fused, "Fused(...)")
+        texts = {n: getattr(self, n) for n in ("default_targets", "memory", "aliases", "headless", "bare_in_memory")}
+        texts |= {"model_types": self.match.model_types, "classes": self.match.classes}
+        texts |= {"layer patterns": tuple(y.pattern for y in self.layers)}
+        texts |= {f"prefixes[{c!r}]": names for c, names in self.prefixes.items()}
+        texts |= {f"wrapped[{c!r}]": names for c, names in self.wrapped.items()}
+        for name, value in texts.items():
+            require(name, value, str, "texts")
+        for fused in self.fused:
+            require("layout", (fused.layout,), Layout, "concat(...), interleave_heads(...) ...")
+            parts = len(fused.layout.widths) if fused.layout.name != "stack" else len(fused.parts)
+            if len(fused.parts) != parts:
+                what = f"{fused.pattern!r} has {len(fused.parts)} parts, and its layout {parts}"
+                raise PluginError(what, where=self.name, hint="parts=('q', 'k'), layout=concat(parts=2)")
+
     def validate(self) -> None:
         """Raise PluginError where the data contradicts itself."""
         seen: dict[tuple[str, str], Layer] = {}
         for skeleton, layer in self.skeletons():
             if len(layer.roles) > 1 and skeleton.alternative >= len(layer.roles):
                 raise PluginError(f"layer {layer.pattern!r} has fewer roles than alternatives", where=self.name)
-            if seen.setdefault((layer.component, skeleton.text), layer) is not layer:
+            shape = re.sub(r"\{\w+\}", "{}", skeleton.text)  # an index is one, whatever it is called
+            if seen.setdefault((layer.component, shape), layer) is not layer:
                 raise PluginError(f"two layers claim {skeleton.text!r}", where=self.name)
         for component in (*self.prefixes, *self.bare_in_memory, *(f.component for f in self.fused)):
             if component not in self.components:

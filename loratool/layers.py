@@ -85,6 +85,7 @@ class Experts(Layer):
     in_out: bool = False
     flipped_in_memory: bool = False
     inputs: str = ""
+    unmarked: bool = False  # (in, out), and transformers' class has no is_transposed: PEFT since 0.19 swaps the two
 
     kind: ClassVar[str] = "experts"
 

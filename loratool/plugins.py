@@ -77,6 +77,11 @@ class Plugins:
                 self.manager.unregister(name=key)
             raise PluginError(str(error), where=f"{name} ({module})", hint="see docs/plugins.md") from None
         hooks = tuple(sorted(c.name for c in self.manager.get_hookcallers(plugin) or ()))
+        if not hooks:
+            what = "registers nothing"
+            self._note(
+                Finding("warning", f"plugin {name} ({distribution})", what, "is @hookimpl missing? docs/plugins.md")
+            )
         self.loaded.append(Loaded(name, module, distribution, version, hooks))
 
     def add_file(self, path: Path) -> None:
@@ -92,7 +97,8 @@ class Plugins:
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
-            raise PluginError(f"{type(error).__name__}: {error}", where=path) from error
+            what = f"{type(error).__name__}: {error}"
+            raise PluginError(what, where=path, hint="--debug shows where; see docs/plugins.md") from error
         self._files.add(str(path))
         self.register(module, path.stem, str(path), str(path), "")
 
@@ -107,9 +113,14 @@ class Plugins:
                 }  # a namesake elsewhere is another family
                 try:
                     self._families[name] = _complete(family, {n: f for n, (_, f) in declared.items()} | own)
+                    self._require_clear_rules(owner, self._families[name])
                     self.owners[name] = owner
-                except PluginError as problem:
-                    self._leave_out(owner, problem)
+                except LoratoolError as problem:  # such as a malformed pattern
+                    self._families.pop(name, None)
+                    self._leave_out(owner, PluginError(problem.what, where=name, hint=problem.hint))
+                except Exception as error:  # such as a field of the wrong type
+                    self._families.pop(name, None)
+                    self._leave_out(owner, PluginError(f"{type(error).__name__}: {error}", where=name))
             self._known = len(self.loaded)
         return tuple(self._families.values())
 
@@ -147,7 +158,7 @@ class Plugins:
         for implementation in self.manager.hook.register_commands.get_hookimpls():
             try:
                 implementation.function(**({"cli": group} if implementation.argnames else {}))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 what = f"register_commands failed: {type(error).__name__}: {error}"
                 failed.append(Finding("warning", f"plugin {implementation.plugin_name}", what))
         return failed
@@ -185,6 +196,11 @@ class Plugins:
         return self._beats(self.owners.get(one, BUILT_IN), self.owners.get(other, BUILT_IN))
 
     def _report_conflict(self, name: str, one: str, other: str) -> None:
+        if one == other:
+            problem = PluginError(f"defines {name!r} twice, so neither is used", where=one)
+            self.contested[name] = problem
+            self._leave_out(one, problem)
+            return
         if self._beats(one, other) or self._beats(other, one):
             winner, loser = (one, other) if self._beats(one, other) else (other, one)
             what = "replaces the built-in of this name" if loser == BUILT_IN else f"replaces the one of {loser}"
@@ -197,17 +213,31 @@ class Plugins:
     def _leave_out(self, owner: str, problem: PluginError) -> None:
         """Go on without what a plugin got wrong; but a file that was given by hand must work."""
         if owner in self._files:
-            raise problem
-        hint = problem.hint or f"mend or uninstall {owner}; LORATOOL_PLUGINS=a,b loads only those named"
+            where = problem.where if owner in problem.where else f"{owner}: {problem.where}"
+            raise PluginError(problem.what, where=where, hint=problem.hint or "see docs/plugins.md") from problem
+        hint = "; ".join(filter(None, (problem.hint, _way_out(owner))))
         self._note(Finding("warning", f"plugin {problem.where or owner}", f"left out: {problem.what}", hint))
+
+    def _require_clear_rules(self, owner: str, family: Architecture) -> None:
+        """Raise PluginError where two rules disagree about a name; the built-in families' are checked by tests."""
+        if self._standing(owner) and (family.memory or family.aliases):
+            from loratool.operations.rules import rule_problems
+
+            for finding in rule_problems(family):
+                raise PluginError(f"{finding.what} ({finding.where})", where=family.name, hint=finding.hint)
 
     def _note(self, finding: Finding) -> None:
         if finding not in self.findings:
             self.findings.append(finding)
 
 
+def _way_out(owner: str) -> str:
+    return f"mend or uninstall {owner}; LORATOOL_PLUGINS=a,b loads only those named"
+
+
 def _complete(family: Architecture, declared: Mapping[str, Architecture]) -> Architecture:
     """Return a family with all that it shares with the one it is like, checked."""
+    family.validate_types()
     trail, parent_name = [family.name], family.like
     while family.like:
         if family.like not in declared:
@@ -230,11 +260,15 @@ def _checked(implementation: Any, kind: type, hook: str) -> Iterable[Any]:
         items = implementation.function()
         if not isinstance(items, list) or not all(isinstance(i, kind) and hasattr(i, "name") for i in items):
             raise PluginError(f"{hook} must return a list of {kind.__name__}s", where=name, hint="see docs/plugins.md")
+        if nameless := [i for i in items if not isinstance(i.name, str) or not i.name]:
+            raise PluginError(
+                f"a name must be a text, not {nameless[0].name!r}", where=name, hint="see docs/plugins.md"
+            )
     except PluginError:
         raise
     except LoratoolError as error:  # such as a malformed pattern
         raise PluginError(str(error), where=name, hint=error.hint) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"{hook} failed: {type(error).__name__}: {error}", where=name) from error
     return items
 
@@ -259,7 +293,8 @@ def load(only: str | None = None) -> Plugins:
         version = point.dist.version if point.dist else ""
         try:
             plugins.register(point.load(), point.name, point.value, distribution, version)
-        except Exception as error:
-            what = f"not loaded: {type(error).__name__}: {error}"
-            plugins.findings.append(Finding("warning", f"plugin {point.name} ({distribution})", what))
+        except (Exception, SystemExit) as error:
+            what = f"not loaded: {error.what if isinstance(error, PluginError) else f'{type(error).__name__}: {error}'}"
+            where = f"plugin {point.name} ({distribution})"
+            plugins.findings.append(Finding("warning", where, what, _way_out(distribution)))
     return plugins

@@ -21,8 +21,9 @@ from loratool.architecture import Architecture, Known
 from loratool.errors import LoratoolError, MismatchError
 from loratool.expressions import AbsentError, holds
 from loratool.layers import Excluded, Experts
+from loratool.operations.rules import filled, rule_problems
 from loratool.operations.survey import is_transposed
-from loratool.patterns import Rule, Skeleton, flatten, parse, parse_rule, selects, split
+from loratool.patterns import flatten, parse, selects
 from loratool.tensors import module_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -67,7 +68,7 @@ def problems(architecture: Architecture, shapes: Shapes, config: Mapping[str, An
     family = _completed(architecture)
     return _folded(
         [
-            *_rules(family),
+            *rule_problems(family),
             *_names(family, shapes),
             *_dimensions(family, shapes),
             *_flat_names(family, shapes),
@@ -176,62 +177,11 @@ def _dimensions(family: Architecture, shapes: Shapes) -> Iterator[Finding]:
             yield Finding("error", name, f"{shape[1]} rows do not divide into {' and '.join(known.parts)}")
 
 
-def _rules(family: Architecture) -> Iterator[Finding]:
-    """Rules that lead to no layer, that never apply, or of which two disagree about a name."""
-    rules = [(text, rule) for text in (*family.memory, *family.aliases) for rule in parse_rule(text)]
-    lefts = [rule.left for _, rule in rules]
-    for text, rule in rules:
-        if not all(_leads_somewhere(part, family, lefts) for part in rule.parts):
-            yield Finding("error", text, f"{' and '.join(p.text for p in rule.parts)} is no layer of the family")
-            continue
-        if "**" in rule.left.elements:
-            continue
-        path = _filled(rule.left)
-        if _is_layer(family, path):
-            yield Finding("error", text, f"never applies: {rule.left.text} is a layer itself")
-            continue
-        meanings = {meaning for _, other in rules if (meaning := _meaning(other, path, family))}
-        if len(meanings) > 1:
-            readings = " or ".join(sorted(" and ".join(m) for m in meanings))
-            yield Finding("error", text, f"{path} is ambiguous: {readings}")
-
-
-def _filled(skeleton: Skeleton) -> str:
-    return skeleton.fill(range(11, 11 + len(skeleton.variables)))
-
-
-def _is_layer(family: Architecture, path: str) -> bool:
-    return any(skeleton.match(path) is not None for skeleton, _ in family.skeletons())
-
-
-def _meaning(rule: Rule, path: str, family: Architecture) -> tuple[str, ...]:
-    """Return the layers that a path is by this rule; nothing if the rule says nothing of it."""
-    axis = "{" + rule.axis + "}"
-    known = [family.find(part.replace(axis, "11")) for part in rule.apply(path) or ()]
-    return tuple(p for k in known if k for p in k.parts) if all(known) else ()
-
-
-def _leads_somewhere(part: Skeleton, family: Architecture, lefts: list[Skeleton]) -> bool:
-    if "**" not in part.elements:
-        return family.find(_filled(part)) is not None
-    start = part.elements[:-1]
-    starts = [skeleton for skeleton, _ in family.skeletons()] + lefts
-    prefixed = (prefix for prefixes in family.prefixes.values() for prefix in ("", *prefixes))
-    ends = [(*split(prefix)[:-1], *start) for prefix in dict.fromkeys(("", *prefixed))]
-    return any(_begins(s.elements, end) for s in starts for end in ends)
-
-
-def _begins(elements: tuple[str, ...], start: tuple[str, ...]) -> bool:
-    return len(elements) > len(start) and all(
-        a == b or (a.startswith("{") and b.startswith("{")) for a, b in zip(elements, start, strict=False)
-    )
-
-
 def _flat_names(family: Architecture, shapes: Shapes) -> Iterator[Finding]:
     """Names that kohya's spelling, with underscores for dots, does not give back."""
     paths = {(k.component, p) for _, k in _known(family, shapes) if k for p in k.parts}
     layers = [(s, y) for s, y in family.skeletons() if not isinstance(y, (Excluded, Experts))]
-    paths |= {(layer.component, _filled(skeleton)) for skeleton, layer in layers}
+    paths |= {(layer.component, filled(skeleton)) for skeleton, layer in layers}
     for component, path in sorted(paths):
         known = family.find(path, component)
         if "[" in path or known is None or isinstance(known.layer, Excluded):
@@ -271,7 +221,7 @@ def _fused(family: Architecture, shapes: Shapes, config: Mapping[str, Any] | Non
 
 
 def _targets(family: Architecture) -> Iterator[Finding]:
-    paths = [(_filled(skeleton), layer.component) for skeleton, layer in family.skeletons()]
+    paths = [(filled(skeleton), layer.component) for skeleton, layer in family.skeletons()]
     for target in family.default_targets:
         if not any(selects(target, path, component) for path, component in paths):
             yield Finding("error", target, "is a default target and selects no layer")

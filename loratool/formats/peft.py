@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from loratool.adapter import Adapter, Finding, Origin, Stack, Target
+from loratool.adapter import Adapter, Finding, LowRank, Origin, Stack, Target
 from loratool.architecture import Architecture, Known
 from loratool.errors import MismatchError, UsageError
 from loratool.formats import peft_stacks
@@ -122,9 +122,10 @@ class Peft:
                 tensors += [delta.down.renamed(f"{modules[target]}.{a}"), delta.up.renamed(f"{modules[target]}.{b}")]
                 told.append(Module(_bare(modules[target]), delta.rank, delta.alpha, delta.scaling))
         for module, stack in stacks.items():
-            whole, rank = peft_stacks.stacked(
-                stack.parameter, [adapter.deltas.get(t, (None,))[0] for t in stack.targets]
-            )
+            each = [adapter.deltas.get(t, (None,))[0] for t in stack.targets]
+            if _is_swapped(stack, architecture):
+                each = [d and LowRank(d.up.transposed(), d.down.transposed(), d.scaling) for d in each]
+            whole, rank = peft_stacks.stacked(stack.parameter, each)
             tensors += [whole.down.renamed(f"{module}.{_FACTORS[0]}"), whole.up.renamed(f"{module}.{_FACTORS[1]}")]
             told.append(Module(stack.parameter, rank, whole.scaling * rank, whole.scaling, is_parameter=True))
         tensors += [ref.renamed(f"{modules[t]}{_BASE_COPY}") for t, ref in adapter.base_copies.items()]
@@ -138,6 +139,12 @@ class Peft:
             return Written((TensorFile.new(name, tensors, metadata),), notes=notes)
         files = TensorFile.new("adapter_model.safetensors", tensors, metadata), JsonFile("adapter_config.json", config)
         return Written(files, notes=notes)
+
+
+def _is_swapped(stack: Stack, architecture: Architecture | None) -> bool:
+    """Whether PEFT takes a stack of (experts, in, out) for (experts, out, in)."""
+    known = architecture.find(stack.targets[0].parts[0], stack.targets[0].component) if architecture else None
+    return known is not None and isinstance(known.layer, Experts) and known.layer.unmarked
 
 
 def _readings(architecture: Architecture, module: str) -> list[Known]:

@@ -122,18 +122,21 @@ def swapped(
     result = {}
     for module in stacks:
         layer = known[module].layer
-        if isinstance(layer, Experts) and layer.in_out != layer.flipped_in_memory:
-            result[module] = False  # (experts, in, out) in memory: no PEFT took it for anything else
+        in_out = isinstance(layer, Experts) and layer.in_out != layer.flipped_in_memory
+        if in_out and not layer.unmarked:
+            result[module] = False  # (experts, in, out) in memory, and marked so: no PEFT took it for anything else
             continue
         owner = paths[module].rpartition(".")[0]
         shown = _shown([stacks[m] for m, p in paths.items() if p.rpartition(".")[0] == owner and m in stacks])
-        if old is None and shown is None:
+        unmarked = isinstance(layer, Experts) and layer.unmarked  # what was right became wrong with 0.19
+        swapped_by_version = old if old is None or not unmarked else not old
+        if swapped_by_version is None and shown is None:
             what = "written before PEFT 0.19 or after? The factors would be read differently, and their shapes fit both"
             findings.append(error(module, what, 'put "peft_version" into adapter_config.json'))
-        elif None not in (old, shown) and old != shown:
+        elif None not in (swapped_by_version, shown) and swapped_by_version != shown:
             what = f"peft_version {config.get('peft_version')} and the shapes of the factors contradict each other"
             findings.append(error(module, what, "was peft_version changed by hand?"))
-        result[module] = bool(shown if old is None else old)
+        result[module] = bool(shown if swapped_by_version is None else swapped_by_version)
     return result, findings
 
 

@@ -17,6 +17,7 @@ from loratool.architecture import Architecture
 from loratool.errors import MismatchError
 from loratool.layers import Excluded, Experts, Layer, Matrix
 from loratool.layouts import Rows, count, runs, within
+from loratool.patterns import split
 from loratool.tensors import TensorRef, TensorSource, joined, module_of
 
 # transformers classes without a language-model head: their configs say tie_word_embeddings, yet there is nothing to tie
@@ -248,10 +249,11 @@ def sliced(delta: LowRank, rows: Rows | None) -> LowRank:
 def oriented(known: Places, wanted: Mapping[Target, tuple[int, ...]], model: str) -> dict[Target, Place]:
     """Return places whose orientation the family does not know, turned as the (out, in) of the deltas has them.
 
-    Square weights follow what the others show; MismatchError where nothing shows it.
+    Square weights follow what the others in blocks show (a head is linear in models of Conv1D too); MismatchError
+    where nothing shows it.
     """
     unknown = {t: p for t, p in known.items() if isinstance(p.layer, Matrix) and len(p.stored.shape) == 2}
-    clear = {t: shape for t, shape in wanted.items() if t in unknown and shape[0] != shape[1]}
+    clear = {t: s for t, s in wanted.items() if t in unknown and s[0] != s[1] and _in_a_block(t)}
     seen = {unknown[t].stored.shape == shape[::-1] for t, shape in clear.items()}
     turned = dict(known)
     for target, shape in wanted.items():
@@ -267,6 +269,10 @@ def oriented(known: Places, wanted: Mapping[Target, tuple[int, ...]], model: str
         flipped = place.stored.shape == shape[::-1] if shape[0] != shape[1] else seen == {True}
         turned[target] = Place(place.stored, place.tensor, place.row, place.layer, place.role, flipped)
     return turned
+
+
+def _in_a_block(target: Target) -> bool:
+    return any(element.isdecimal() for element in split(target.parts[0]))
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

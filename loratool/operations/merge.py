@@ -184,7 +184,9 @@ def _match(
         raise MismatchError(
             "\n  ".join([f"the adapter does not fit this base ({len(problems)} modules)", *problems[:12], *more]),
             where=base.path,
-            hint=f"the adapter says it was trained on {', '.join(names)}" if names else "is this the right base?",
+            hint=f"the adapter says it was trained on {', '.join(names)}"
+            if names
+            else f"is this the right base, and {architecture.name} its family (--arch)?",
         )
     return touched
 
