@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 from loratool.errors import MismatchError
 from loratool.patterns import natural, selects
-from loratool.tensors import TensorRef
+from loratool.tensors import Inline, TensorRef
 
 
 class Target(NamedTuple):
@@ -76,6 +76,18 @@ class LowRank:
         """The tensors of this delta."""
         return self.down, self.up
 
+    def cut(self, parts: int) -> list[LowRank]:
+        """Return the deltas of equal shares of the output rows, `down` shared."""
+        share, rest = divmod(self.up.shape[0], parts)
+        if rest:
+            raise MismatchError(f"{self.up.shape[0]} rows do not divide into {parts} parts", where=self.up.name)
+        return [LowRank(self.down, self.up.rows(n * share, (n + 1) * share), self.scaling) for n in range(parts)]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether this is the delta of a weight that did not change: a factor that was made of zeros."""
+        return all(isinstance(p, Inline) and not any(p.data) for p in self.up.pieces)
+
     def weight_shape(self, *, transposed: bool) -> tuple[int, ...]:
         """Return the shape of the stored weight that this delta fits, kernels included."""
         shape = (self.up.shape[0], *self.down.shape[1:])
@@ -127,7 +139,7 @@ class Adapter:
     `families` are the architectures that explain every name, `rivals` others that do and mean other modules.
     `base_copies` are untouched base weights that were saved along (PEFT does so for embeddings). `tensors` are all of
     the files, `consumed` the names of those that were read for their value (alphas), `skipped` those that the user's
-    globs left out. `findings` is everything that reading noticed.
+    globs left out, `partly` those of which they left out some experts. `findings` is everything that reading noticed.
     """
 
     deltas: Mapping[Target, tuple[Delta, ...]]
@@ -138,6 +150,7 @@ class Adapter:
     tensors: Mapping[str, TensorRef] = field(default_factory=dict)
     consumed: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    partly: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     base_model: str = ""
     findings: tuple[Finding, ...] = ()
@@ -150,7 +163,11 @@ class Adapter:
     @property
     def explained(self) -> dict[str, str]:
         """The fates of tensors that are neither computed with nor copied, for the ledger."""
-        return {**dict.fromkeys(self.consumed, "read"), **dict.fromkeys(self.skipped, "skipped")}
+        return {
+            **dict.fromkeys(self.consumed, "read"),
+            **dict.fromkeys(self.skipped, "skipped"),
+            **dict.fromkeys(self.partly, "computed in part"),
+        }
 
     def require_sound(self) -> Adapter:
         """Return self, or raise MismatchError that lists every error finding."""
@@ -171,17 +188,25 @@ class Adapter:
         target, exclude = tuple(target), tuple(exclude)
         used = dict.fromkeys((*target, *exclude), False)
 
-        def hit(pattern: str, t: Target) -> bool:
-            matched = any(selects(pattern, part, t.component) for part in t.parts)
+        def hit(pattern: str, part: str, component: str) -> bool:
+            matched = selects(pattern, part, component)
             used[pattern] |= matched
             return matched
 
+        def wanted(part: str, component: str) -> bool:
+            yes = [hit(p, part, component) for p in target]
+            no = [hit(p, part, component) for p in exclude]
+            return (any(yes) or not target) and not any(no)
+
         kept: dict[Target, tuple[Delta, ...]] = {}
         for t, deltas in self.deltas.items():
-            wanted = [hit(p, t) for p in target]
-            unwanted = [hit(p, t) for p in exclude]
-            if (any(wanted) or not target) and not any(unwanted):
+            chosen = [wanted(part, t.component) for part in t.parts]
+            if all(chosen):
                 kept[t] = deltas
+            elif any(chosen):  # some of the parts that one delta covers, such as an expert's gate without its up
+                cuts = [d.cut(len(t.parts)) for d in deltas]
+                parts = [n for n, yes in enumerate(chosen) if yes]
+                kept |= {Target(t.component, (t.parts[n],)): tuple(c[n] for c in cuts) for n in parts}
         dead = [p for p, matched in used.items() if not matched]
         if dead or not kept:
             raise MismatchError(
@@ -192,5 +217,8 @@ class Adapter:
         left_out = [t for t in self.targets if t not in kept]
         skipped = [ref.name for t in left_out for delta in self.deltas[t] for ref in delta.refs]
         skipped += [self.base_copies[t].name for t in left_out if t in self.base_copies]
+        shared = {ref.name for deltas in kept.values() for d in deltas for ref in d.refs}  # with other experts
+        partly = [name for name in dict.fromkeys(skipped) if name in shared]
+        skipped = [name for name in skipped if name not in shared]
         copies = {t: ref for t, ref in self.base_copies.items() if t in kept}
-        return replace(self, deltas=kept, base_copies=copies, skipped=tuple(skipped))
+        return replace(self, deltas=kept, base_copies=copies, skipped=tuple(skipped), partly=tuple(partly))

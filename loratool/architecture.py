@@ -71,6 +71,15 @@ class Known(NamedTuple):
         return self._replace(parts=tuple(p.replace("{" + self.axis + "}", str(index)) for p in self.parts), axis="")
 
 
+class Slot(NamedTuple):
+    """A place in a 3-D parameter of the live model: its path, the number, and the canonical parts that lie there."""
+
+    parameter: str
+    number: int
+    parts: tuple[str, ...]
+    unmarked: bool = False  # see layers.Experts
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One model family.
@@ -244,11 +253,33 @@ class Architecture:
     def in_memory(self, component: str, path: str, model_class: str = "") -> str:
         """Return the module path of the live transformers or diffusers model, where PEFT counts its names from."""
         path = next((name for rule in self._memory_rules if (name := rule.invert(path)) is not None), path)
+        return self._live(component, path, model_class)
+
+    def slot(self, component: str, path: str, model_class: str = "") -> Slot | None:
+        """Return the place of a canonical matrix in a 3-D parameter of the live model, or None if it is no expert."""
+        weight, bracket, index = path.partition("[")
+        known = self._canonical(component, weight)
+        if known is not None and isinstance(known.layer, Experts):
+            if not bracket or not index[:-1].isdecimal():
+                return None
+            return Slot(self.in_memory(component, weight, model_class), int(index[:-1]), (path,), known.layer.unmarked)
+        for rule in self._memory_rules:
+            found = rule.locate(path)
+            if found:
+                return Slot(self._live(component, found[0], model_class), *found[1:])
+        return None
+
+    @cached_property
+    def stacked_leaves(self) -> frozenset[str]:
+        """The last elements of the names on disk of matrices that are stacked in memory: `gate_proj`, `w1`."""
+        return frozenset(p.elements[-1] for rule in self._memory_rules if rule.axis for p in rule.parts)
+
+    def _live(self, component: str, path: str, model_class: str) -> str:
         if component in self.bare_in_memory or model_class in self.headless:
             for prefix in self.prefixes.get(component, ()):
                 if path.startswith(prefix):
                     return path[len(prefix) :]
-        known = self.find(path, component)
+        known = self.find(path, component) if self.wrapped else None
         for wrapper, classes in self.wrapped.items():
             if model_class in classes and known and known.layer.group != "head":
                 own = next((p for p in self.prefixes.get(component, ()) if path.startswith(p)), "")

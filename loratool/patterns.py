@@ -238,6 +238,15 @@ class Rule(NamedTuple):
         found = _bind(self.left, path)
         return None if found is None else tuple(_substitute(part, *found) for part in self.parts)
 
+    def locate(self, path: str) -> tuple[str, int, tuple[str, ...]] | None:
+        """Return a stack's foreign name, the number of the matrix that `path` is in, and all parts there; or None."""
+        for part in self.parts if self.axis else ():
+            found = _bind(part, path)
+            if found is not None:
+                parts = tuple(_substitute(p, *found) for p in self.parts)
+                return _substitute(self.left, *found), int(found[0][self.axis]), parts
+        return None
+
     def invert(self, path: str) -> str | None:
         """Return the foreign spelling of one canonical path; None where it is not one to one."""
         if len(self.parts) > 1 or self.axis:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     ("errors", "dtypes", "patterns", "expressions", "layouts", "strictjson"),
-    ("tensors", "adapter", "layers", "architecture", "plan", "hookspecs", "ledger"),
+    ("tensors", "adapter", "factors", "layers", "architecture", "plan", "hookspecs", "ledger"),
     ("algebra",),
     ("formats", "storage"),
     ("operations", "engine"),

@@ -12,14 +12,14 @@ import json
 import re
 from collections.abc import Mapping
 
-from loratool.adapter import Adapter, Finding, LowRank, Origin, Stack, Target
+from loratool.adapter import Adapter, Finding, LowRank, Origin, Target
 from loratool.architecture import Architecture, Known
 from loratool.errors import MismatchError, UsageError
 from loratool.formats import peft_stacks
 from loratool.formats.naming import Parts, build, error, lasting, resolve
 from loratool.formats.peft_config import EMBEDDED, WAY_OUT, Module, Scaling, make_config, read_config
 from loratool.hookspecs import Written
-from loratool.layers import Experts, Layer
+from loratool.layers import Layer
 from loratool.plan import JsonFile, TensorFile
 from loratool.tensors import TensorRef, TensorSource
 
@@ -67,7 +67,10 @@ class Peft:
         raw = {m: _bare(m) for m in modules}
         if len({m.count(_WRAPPER) for m in modules}) > 1:
             findings.append(error("names", f"some start with {_WRAPPER} and some do not"))
-        stacks = {m: _bare(p) for m, p in peft_stacks.parameters(list(modules), config, findings).items()}
+        found_parameters = peft_stacks.parameters(
+            list(modules), config, findings, lambda m: any(a.find(_bare(m)) for a in architectures)
+        )
+        stacks = {m: _bare(p) for m, p in found_parameters.items()}
         raw |= stacks
         families, found, rivals = resolve(raw.values(), architectures, _readings, source.path)
         if not families and raw and all(m.startswith(_DIFFUSERS) for m in raw.values()):
@@ -78,8 +81,9 @@ class Peft:
         scaler = Scaling(config, findings)
         plain = {m: parts for m, parts in modules.items() if m not in stacks}
         by_module = {m: Target(known[m].component, known[m].parts) for m in plain}
-        deltas, broken = build(plain, by_module, ("lora_A", "lora_B"), lambda m, rank: scaler(raw[m], rank))
-        many = peft_stacks.read(modules, stacks, known, config, scaler)
+        told = {m: peft_stacks.told_as(raw[m], config) for m in plain}
+        deltas, broken = build(plain, by_module, ("lora_A", "lora_B"), lambda m, rank: scaler(told[m], rank))
+        many = peft_stacks.read(modules, stacks, known, config, scaler, certain=not rivals)
         return Adapter(
             deltas={**deltas, **many.deltas},
             origin=Origin(
@@ -108,26 +112,26 @@ class Peft:
                 where=adapter.origin.path,
                 hint=f"convert them one by one, for example --target '{min(components)}:**'",
             )
-        model_class = options.get("model_class", "")
-        stacks = _stacks(adapter, architecture, model_class)
-        stacked = {t for stack in stacks.values() for t in stack.targets}
-        modules = _module_names(adapter, architecture, model_class, stacked)
+        plain, stacks = _live(adapter, architecture, options.get("model_class", ""))
         notes = _naming_notes(adapter, architecture, options)
         embeddings = _embeddings(adapter, architecture)
         tensors: list[TensorRef] = []
         told: list[Module] = []
-        for target in (t for t in adapter.deltas if t not in stacked):
-            for delta in adapter.deltas[target]:
-                a, b = _EMBEDDING_FACTORS if target in embeddings else _FACTORS
-                tensors += [delta.down.renamed(f"{modules[target]}.{a}"), delta.up.renamed(f"{modules[target]}.{b}")]
-                told.append(Module(_bare(modules[target]), delta.rank, delta.alpha, delta.scaling))
-        for module, stack in stacks.items():
-            each = [adapter.deltas.get(t, (None,))[0] for t in stack.targets]
-            if _is_swapped(stack, architecture):
-                each = [d and LowRank(d.up.transposed(), d.down.transposed(), d.scaling) for d in each]
-            whole, rank = peft_stacks.stacked(stack.parameter, each)
+        for target, name, delta in plain:
+            a, b = _EMBEDDING_FACTORS if target in embeddings else _FACTORS
+            tensors += [delta.down.renamed(f"{name}.{a}"), delta.up.renamed(f"{name}.{b}")]
+            path = _told_as(target, name, adapter, architecture)
+            told.append(Module(path, delta.rank, delta.alpha, delta.scaling, is_parameter=path.endswith(".weight")))
+        for module, parameter, each in stacks:
+            whole, rank = peft_stacks.stacked(parameter, each)
             tensors += [whole.down.renamed(f"{module}.{_FACTORS[0]}"), whole.up.renamed(f"{module}.{_FACTORS[1]}")]
-            told.append(Module(stack.parameter, rank, whole.scaling * rank, whole.scaling, is_parameter=True))
+            told.append(Module(parameter, rank, whole.scaling * rank, whole.scaling, is_parameter=True))
+        if stacks and not adapter.origin.stacks:
+            what = (
+                "experts are written as the parameters that transformers 5 has in memory: PEFT 0.19 or later reads them"
+            )
+            notes = (*notes, what)
+        modules = {target: name for target, name, _ in plain}
         tensors += [ref.renamed(f"{modules[t]}{_BASE_COPY}") for t, ref in adapter.base_copies.items()]
         config = make_config(adapter, told)
         if architecture is not None:  # PEFT warns where this field is not as the layers are
@@ -141,16 +145,11 @@ class Peft:
         return Written(files, notes=notes)
 
 
-def _is_swapped(stack: Stack, architecture: Architecture | None) -> bool:
-    """Whether PEFT takes a stack of (experts, in, out) for (experts, out, in)."""
-    known = architecture.find(stack.targets[0].parts[0], stack.targets[0].component) if architecture else None
-    return known is not None and isinstance(known.layer, Experts) and known.layer.unmarked
-
-
 def _readings(architecture: Architecture, module: str) -> list[Known]:
     """What a module name may be: in every component whose layers include it."""
     found = (architecture.find(module, component) for component in architecture.components)
-    return [k for k in found if k is not None]
+    # a stack has its name in memory from transformers: that some family's file has it too makes it no nearer
+    return [k._replace(distance=0) if k.axis else k for k in found if k is not None]
 
 
 def _bare(module: str) -> str:
@@ -175,7 +174,6 @@ def _modules(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], dict[s
             names.add(match["adapter"] or "")
             parts = modules.setdefault(match["module"], Parts())
             parts.embedding = "embedding" in match["factor"]
-            parts = modules.setdefault(match["module"], Parts())
             if match["factor"].endswith("_A"):
                 parts.down = ref
             else:
@@ -195,56 +193,85 @@ def _modules(tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], dict[s
     return modules, copies, findings
 
 
-def _stacks(adapter: Adapter, architecture: Architecture | None, model_class: str) -> dict[str, Stack]:
-    """The stacked modules to write: those of the file, and those of a family's 3-D parameters."""
-    kept = {
-        m: s
-        for m, s in (adapter.origin.stacks if adapter.origin.format == "peft" else {}).items()
-        if any(t in adapter.deltas for t in s.targets)
-    }
-    done = {t for s in kept.values() for t in s.targets}
-    if adapter.origin.format == "peft":
-        done |= adapter.origin.modules.keys()
-    loose = []
-    for target in (t for t in adapter.deltas if t not in done and "[" in t.parts[0] and architecture):
-        assert architecture is not None
-        known = architecture.find(target.parts[0], target.component)
-        if known and isinstance(known.layer, Experts) and target.parts[0].count("[") == 1:
-            loose.append(target)
-    if not loose or architecture is None:
-        return kept
-    weights = {t.parts[0].partition("[")[0]: t.component for t in loose}
-    in_memory = {w: architecture.in_memory(component, w, model_class) for w, component in weights.items()}
-    made = peft_stacks.stack_of(loose, in_memory)
-    return kept | {_WRAPPER + module: stack for module, stack in made.items()}
+Plain = list[tuple[Target, str, LowRank]]  # with the module's name in the file
+Stacked = list[tuple[str, str, list[LowRank | None]]]  # the module's name in the file, its parameter, a delta each
 
 
-def _module_names(
-    adapter: Adapter, architecture: Architecture | None, model_class: str, stacked: set[Target]
-) -> dict[Target, str]:
-    """The name of each module in a PEFT file, wrapper included."""
-    names = {}
-    for target in adapter.targets:
-        if target in stacked:
+def _live(adapter: Adapter, architecture: Architecture | None, model_class: str) -> tuple[Plain, Stacked]:
+    """Return what to write, by the names of the live model; what came from PEFT keeps the names it had."""
+    from_peft = adapter.origin.format == "peft"
+    plain: Plain = []
+    stacks: Stacked = []
+    done: set[Target] = set()
+    for module, stack in adapter.origin.stacks.items() if from_peft else ():
+        each = [adapter.deltas[t][0] if t in adapter.deltas else None for t in stack.targets]
+        if any(each):
+            known = architecture.slot(stack.targets[0].component, stack.targets[0].parts[0]) if architecture else None
+            stacks.append((module, stack.parameter, _ordered(each, unmarked=bool(known and known.unmarked))))
+            done |= set(stack.targets)
+    placed: dict[str, peft_stacks.Placed] = {}
+    for target in (t for t in adapter.targets if t not in done):
+        (delta,) = adapter.deltas[target]
+        if from_peft and target in adapter.origin.modules:
+            plain.append((target, adapter.origin.modules[target], delta))
             continue
-        if adapter.origin.format == "peft" and target in adapter.origin.modules:
-            names[target] = adapter.origin.modules[target]
-        elif (
-            architecture is not None
-            and len(target.parts) == 1
-            and architecture.find(target.parts[0], target.component)
-            and "[" not in (name := architecture.in_memory(target.component, target.parts[0], model_class))
-        ):
-            names[target] = _WRAPPER + name
+        path = target.parts[0]
+        slot = architecture.slot(target.component, path, model_class) if architecture else None
+        if slot and len(target.parts) == 1:
+            into = placed.setdefault(slot.parameter, peft_stacks.Placed(target.component, slot.unmarked))
+            into.parts[slot.number], into.deltas[path] = slot.parts, delta
         else:
-            raise MismatchError(
-                "no family says how PEFT spells this"
-                if architecture is None
-                else f"{architecture.name} models have no module of their own for this, so PEFT has no name for it",
-                where=f"{adapter.origin.path}: {target}",
-                hint="loratool arch list shows the families; -p FILE adds one",
-            )
-    return names
+            pieces = _pieces(target, delta, architecture, model_class, adapter.origin.path)
+            plain += [(target, _WRAPPER + name, piece) for name, piece in pieces]
+    for parameter, module in peft_stacks.nested(placed).items():
+        each = placed[parameter].each(parameter)
+        stacks.append((_WRAPPER + module, parameter, _ordered(each, unmarked=placed[parameter].unmarked)))
+    return plain, stacks
+
+
+def _ordered(each: list[LowRank | None], *, unmarked: bool) -> list[LowRank | None]:
+    """Return deltas in the order in which PEFT takes a stack: (experts, in, out) that nothing marks it swaps."""
+    return [d and LowRank(d.up.transposed(), d.down.transposed(), d.scaling) if unmarked else d for d in each]
+
+
+def _pieces(
+    target: Target, delta: LowRank, architecture: Architecture | None, model_class: str, where: str
+) -> list[tuple[str, LowRank]]:
+    """Return the modules of the live model that a target is: one, or the parts of what only the file has fused."""
+    known = architecture.find(target.parts[0], target.component) if architecture and len(target.parts) == 1 else None
+    if architecture is None or known is None:
+        raise MismatchError(
+            "no family explains this name, so its PEFT spelling is unknown",
+            where=f"{where}: {target}",
+            hint="loratool arch list shows the families; -p FILE adds one",
+        )
+    path = target.parts[0]
+    parts = architecture.parts_of(path, target.component)
+    names = [architecture.in_memory(target.component, part, model_class) for part in parts]
+    if names and not any("[" in name for name in names):
+        layout = architecture.layout(path, target.component, delta.up.shape[0], {})
+        cuts = (LowRank(delta.down, delta.up.take(layout[part]), delta.scaling) for part in parts)
+        return list(zip(names, cuts, strict=True))
+    name = architecture.in_memory(target.component, path, model_class)
+    if "[" in name:
+        raise MismatchError(
+            f"{architecture.name} models have no module of their own for this, so PEFT has no name for it",
+            where=f"{where}: {target}",
+        )
+    return [(name, delta)]
+
+
+def _told_as(target: Target, name: str, adapter: Adapter, architecture: Architecture | None) -> str:
+    """Return the path under which the config speaks of a module.
+
+    PEFT 0.21 takes target modules that end like the experts of a stack for these experts, and loses the module: a
+    dense or shared layer beside them is given as its parameter, `mlp.gate_proj.weight`.
+    """
+    bare = _bare(name)
+    if adapter.origin.format == "peft" and target in adapter.origin.modules:
+        return peft_stacks.told_as(bare, adapter.origin.config)
+    leaves = architecture.stacked_leaves if architecture else frozenset()
+    return f"{bare}.weight" if bare.rpartition(".")[2] in leaves else bare
 
 
 def _naming_notes(adapter: Adapter, architecture: Architecture | None, options: Mapping[str, str]) -> tuple[str, ...]:

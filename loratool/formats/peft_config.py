@@ -226,8 +226,10 @@ class _Pattern:
 
 def version_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the version of PEFT that wrote a config, or None where it does not say (before 0.18)."""
-    found = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", str(config.get("peft_version") or ""))
-    return (int(found[1]), int(found[2])) if found else None
+    text = str(config.get("peft_version") or "")
+    found = re.match(r"v?([0-9]{1,4})\.([0-9]{1,4})", text)
+    version = (int(found[1]), int(found[2])) if found else None
+    return None if version == (0, 18) and "dev" in text else version  # the order changed during that development
 
 
 class Module(NamedTuple):
@@ -278,6 +280,9 @@ def make_config(adapter: Adapter, modules: Sequence[Module]) -> dict[str, Any]:
 def _unchanged(adapter: Adapter, config: Mapping[str, Any], modules: Sequence[Module]) -> bool:
     """Whether the original config still gives every module its rank and scaling, over the same set of modules."""
     stacked = {t for stack in adapter.origin.stacks.values() for t in stack.targets}
+    parameters = {m.path for m in modules if m.is_parameter and not m.path.endswith(".weight")}
+    if parameters != {stack.parameter for stack in adapter.origin.stacks.values()}:
+        return False
     if set(adapter.deltas) != {*adapter.origin.modules, *stacked}:
         return False
     if stacked and (version_of(config) or (0, 0)) < STACKED_SINCE:

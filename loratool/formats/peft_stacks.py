@@ -14,12 +14,14 @@ Source: peft/tuners/lora/layer.py: ParamWrapper (0.21.2, and its change in pull 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from loratool.adapter import Delta, Finding, LowRank, Stack, Target
 from loratool.architecture import Known
 from loratool.errors import MismatchError
+from loratool.factors import below_each_other, require_alike
 from loratool.formats.naming import Parts, error, shape_problem
 from loratool.formats.peft_config import STACKED_SINCE, Scaling, version_of
 from loratool.layers import Experts
@@ -28,15 +30,23 @@ from loratool.tensors import TensorRef, joined, padded, woven, zeros
 _NESTED = ".base_layer"
 
 
-def parameters(modules: Sequence[str], config: Mapping[str, Any], findings: list[Finding]) -> dict[str, str]:
-    """Return the path of the parameter that each stacked module of the file is for; the others are left out."""
+def parameters(
+    modules: Sequence[str], config: Mapping[str, Any], findings: list[Finding], is_module: Callable[[str], bool]
+) -> dict[str, str]:
+    """Return the path of the parameter that each stacked module of the file is for; the others are left out.
+
+    `is_module` says of a path that it is a layer of its own: a parameter named without its owner is not that layer's.
+    """
     wanted = [name for name in config.get("target_parameters") or () if not name.endswith(".weight")]
     owners: dict[str, list[str]] = {}
     for module in modules:
         owners.setdefault(module.replace(_NESTED, ""), []).append(module)
     found: dict[str, str] = {}
     for owner, nested in owners.items():
-        names = sorted({p.rpartition(".")[2] for p in wanted if _owns(owner, p)}, key=_registration)
+        names = sorted(
+            {p.rpartition(".")[2] for p in wanted if _owns(owner, p) and ("." in p or not is_module(owner))},
+            key=_registration,
+        )
         if not names:
             continue
         if len(names) != len(nested):
@@ -73,6 +83,8 @@ def read(
     known: Mapping[str, Known],
     config: Mapping[str, Any],
     scaling: Scaling,
+    *,
+    certain: bool,
 ) -> Stacks:
     """Return the delta of every matrix of every stacked module; `paths` are those of their parameters."""
     result = Stacks({}, {}, [])
@@ -83,7 +95,7 @@ def read(
             result.findings.append(error(module, problem))
         else:
             sound[module] = modules[module]
-    old, findings = swapped(sound, paths, known, config)
+    old, findings = swapped(sound, paths, known, config, certain=certain)
     result.findings.extend(findings)
     for module, parts in sound.items():
         rank = int(scaling.told(paths[module]))
@@ -113,9 +125,17 @@ def _problem(parts: Parts, known: Known, rank: Any) -> str:
 
 
 def swapped(
-    stacks: Mapping[str, Parts], paths: Mapping[str, str], known: Mapping[str, Known], config: Mapping[str, Any]
+    stacks: Mapping[str, Parts],
+    paths: Mapping[str, str],
+    known: Mapping[str, Known],
+    config: Mapping[str, Any],
+    *,
+    certain: bool = True,
 ) -> tuple[dict[str, bool], list[Finding]]:
-    """Return for each stacked module whether its factors are in the order of PEFT 0.17 and 0.18."""
+    """Return for each stacked module whether its factors are in the order of PEFT 0.17 and 0.18.
+
+    Where the family is not `certain`, neither is the order in memory, and old factors must show theirs by their shapes.
+    """
     version = version_of(config)
     old = None if version is None else version < STACKED_SINCE
     findings: list[Finding] = []
@@ -123,16 +143,19 @@ def swapped(
     for module in stacks:
         layer = known[module].layer
         in_out = isinstance(layer, Experts) and layer.in_out != layer.flipped_in_memory
-        if in_out and not layer.unmarked:
+        if isinstance(layer, Experts) and in_out and not layer.unmarked and (certain or old is False):
             result[module] = False  # (experts, in, out) in memory, and marked so: no PEFT took it for anything else
             continue
         owner = paths[module].rpartition(".")[0]
         shown = _shown([stacks[m] for m, p in paths.items() if p.rpartition(".")[0] == owner and m in stacks])
         unmarked = isinstance(layer, Experts) and layer.unmarked  # what was right became wrong with 0.19
         swapped_by_version = old if old is None or not unmarked else not old
+        if not certain and old:
+            swapped_by_version = None
         if swapped_by_version is None and shown is None:
             what = "written before PEFT 0.19 or after? The factors would be read differently, and their shapes fit both"
-            findings.append(error(module, what, 'put "peft_version" into adapter_config.json'))
+            hint = 'put "peft_version" into adapter_config.json' if certain else "name the family with --arch"
+            findings.append(error(module, what, hint))
         elif None not in (swapped_by_version, shown) and swapped_by_version != shown:
             what = f"peft_version {config.get('peft_version')} and the shapes of the factors contradict each other"
             findings.append(error(module, what, "was peft_version changed by hand?"))
@@ -169,12 +192,9 @@ def stacked(parameter: str, deltas: Sequence[LowRank | None]) -> tuple[LowRank, 
     Matrices without a delta and ranks that are smaller get zeros.
     """
     present = [d for d in deltas if d is not None]
-    if len({(d.scaling, d.down.dtype, d.up.dtype) for d in present}) > 1:
-        raise MismatchError(
-            "its matrices have different scalings or dtypes, and PEFT has one of each for the whole parameter",
-            where=parameter,
-            hint="loratool resize folds the scalings in",
-        )
+    if not present:
+        raise MismatchError("none of its matrices has a delta", where=parameter)
+    require_alike(present, parameter)
     rank = max(d.rank for d in present)
     down, up = present[0].down, present[0].up
     nothing = LowRank(zeros("", (rank, *down.shape[1:]), down.dtype), zeros("", (up.shape[0], rank), up.dtype), 1.0)
@@ -188,24 +208,44 @@ def _rows_padded(ref: TensorRef, rows: int) -> TensorRef:
     return joined(ref.name, [ref, zeros("", (missing, *ref.shape[1:]), ref.dtype)]) if missing else ref
 
 
-def stack_of(targets: Sequence[Target], in_memory: Mapping[str, str]) -> dict[str, Stack]:
-    """Group targets `parameter[e]` by parameter: module of the file -> its stack; parameters of one module are nested.
+@dataclass
+class Placed:
+    """Deltas that go into one 3-D parameter of the live model, by index and canonical path."""
 
-    `in_memory` maps the canonical path of a parameter to its name in memory.
-    """
-    groups: dict[str, dict[int, Target]] = {}
-    for target in targets:
-        weight, _, index = target.parts[0].partition("[")
-        groups.setdefault(in_memory[weight], {})[int(index.rstrip("]"))] = target
+    component: str
+    unmarked: bool
+    parts: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    deltas: dict[str, LowRank] = field(default_factory=dict)
+
+    def each(self, parameter: str) -> list[LowRank | None]:
+        """Return one delta a matrix, None where nothing changes; gate and up that lie in one matrix are joined."""
+        result: list[LowRank | None] = []
+        for index in range(max(self.parts) + 1):
+            pieces = [self.deltas.get(path) for path in self.parts.get(index, ())]
+            pieces = [None if p is None or p.is_zero else p for p in pieces]
+            present = [p for p in pieces if p is not None]
+            if not present:
+                result.append(None)
+            elif len(pieces) == 1:
+                result.append(present[0])
+            else:
+                result.append(below_each_other(pieces, [present[0].up.shape[0]] * len(pieces), parameter))
+        return result
+
+
+def nested(parameters: Iterable[str]) -> dict[str, str]:
+    """Return the module of the file for each parameter: those of one owner are nested, the first innermost."""
     owners: dict[str, list[str]] = {}
-    for parameter in groups:
+    for parameter in parameters:
         owners.setdefault(parameter.rpartition(".")[0], []).append(parameter)
-    stacks = {}
+    modules: dict[str, str] = {}
     for owner, names in owners.items():
         names.sort(key=lambda p: _registration(p.rpartition(".")[2]))
-        for depth, parameter in enumerate(reversed(names)):
-            experts = groups[parameter]
-            if sorted(experts) != list(range(len(experts))):
-                raise MismatchError(f"only {len(experts)} of its matrices have a delta", where=parameter)
-            stacks[owner + _NESTED * depth] = Stack(parameter, tuple(experts[e] for e in sorted(experts)))
-    return stacks
+        modules |= {parameter: owner + _NESTED * depth for depth, parameter in enumerate(reversed(names))}
+    return modules
+
+
+def told_as(module: str, config: Mapping[str, Any]) -> str:
+    """Return the path under which PEFT looks up rank and alpha: that of the parameter where one was targeted."""
+    wanted = [name for name in config.get("target_parameters") or () if name.endswith(".weight")]
+    return module + ".weight" if any(_owns(module, name) for name in wanted) else module

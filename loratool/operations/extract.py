@@ -195,6 +195,7 @@ def same_bytes(one: TensorRef, two: TensorRef, load: Load) -> bool:
 
 
 Pairs = dict[Target, tuple[Place, Place]]
+Deltas = dict[Target, tuple[Delta, ...]]
 
 
 def plan(
@@ -250,7 +251,7 @@ def plan(
             row["norm"] = sqrt(fact["total"])
             row["retained"] = 1 - fact["residual"] / fact["total"]
             row["error"] = sqrt(fact["residual"] / fact["total"])
-        deltas |= _unchanged_experts(pairs, modules, deltas)
+        deltas |= _unchanged_experts(pairs, modules, deltas, architecture)
         if not deltas:
             raise InputError("the two models are equal: there is nothing to extract", where=tuned.path)
         changed = [str(unit.target) for unit in modules if not facts[unit.key].get("same")]
@@ -273,23 +274,23 @@ def plan(
 
 
 def _unchanged_experts(
-    pairs: Pairs, modules: Sequence[ExtractModule], deltas: Mapping[Target, tuple[Delta, ...]]
-) -> dict[Target, tuple[Delta, ...]]:
+    pairs: Pairs, modules: Sequence[ExtractModule], deltas: Deltas, architecture: Architecture
+) -> Deltas:
     """Return deltas of zero for the other experts of a stack: a format may have to write the stack as a whole."""
-    outs = {_stack(unit.target): unit.outs for unit in modules if unit.target in deltas and _stack(unit.target)}
-    nothing: dict[Target, tuple[Delta, ...]] = {}
-    for target in pairs:
-        if target not in deltas and _stack(target) in outs:
-            down, up = outs[_stack(target)]
+
+    def stack(target: Target) -> str:
+        slot = architecture.slot(target.component, target.parts[0])
+        return slot.parameter if slot else ""
+
+    outs = {stack(unit.target): unit.outs for unit in modules if unit.target in deltas}
+    nothing: Deltas = {}
+    for target in (t for t in pairs if t not in deltas):
+        name = stack(target)
+        if name and name in outs:
+            down, up = outs[name]
             factors = zeros("", (1, *down.shape[1:]), down.dtype), zeros("", (up.shape[0], 1), up.dtype)
             nothing[target] = (LowRank(*factors, 1.0),)
     return nothing
-
-
-def _stack(target: Target) -> tuple[str, str] | None:
-    """The 3-D parameter that a target is an expert of, or None."""
-    weight, _, index = target.parts[0].partition("[")
-    return (target.component, weight) if index[:-1].isdecimal() else None
 
 
 def _extract_units(chosen: Pairs, rank: int, dtype: str, memory: int) -> list[ExtractModule]:

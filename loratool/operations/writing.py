@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 from loratool.adapter import Adapter, Delta, Finding, LowRank, Target
 from loratool.architecture import Architecture
 from loratool.errors import AmbiguityError, InputError, MismatchError
+from loratool.factors import below_each_other, require_alike
 from loratool.hookspecs import Format
 from loratool.layouts import count
 from loratool.operations.matching import assembled
 from loratool.plan import OutFile, Report
-from loratool.tensors import joined, padded, zeros
 
 
 def spell(
@@ -85,15 +86,8 @@ def _add(deltas: dict[Target, tuple[Delta, ...]], more: Mapping[Target, tuple[De
 
 
 def _split(target: Target, deltas: tuple[Delta, ...]) -> dict[Target, tuple[Delta, ...]]:
-    share, rest = divmod(deltas[0].up.shape[0], len(target.parts))
-    if rest:
-        raise MismatchError(f"{deltas[0].up.shape[0]} rows do not divide into its parts", where=str(target))
-    return {
-        Target(target.component, (part,)): tuple(
-            LowRank(d.down, d.up.rows(n * share, (n + 1) * share), d.scaling) for d in deltas
-        )
-        for n, part in enumerate(target.parts)
-    }
+    cuts = [d.cut(len(target.parts)) for d in deltas]
+    return {Target(target.component, (part,)): tuple(c[n] for c in cuts) for n, part in enumerate(target.parts)}
 
 
 def _join(target: Target, pieces: Mapping[str, LowRank], architecture: Architecture) -> LowRank:
@@ -103,7 +97,7 @@ def _join(target: Target, pieces: Mapping[str, LowRank], architecture: Architect
     rows = [pieces[name].up.shape[0] if name in pieces else 0 for name in names]
     if 0 in rows and len({r for r in rows if r}) == 1:
         rows = [max(rows)] * len(rows)  # what was not trained is as large as the rest, or the layout will not add up
-    _check_alike(target, present)
+    require_alike(present, target)
     try:
         layout = architecture.layout(target.parts[0], target.component, sum(rows), {})
         wrong = [name for name, n in zip(names, rows, strict=True) if count(layout.get(name, ())) != n]
@@ -115,28 +109,7 @@ def _join(target: Target, pieces: Mapping[str, LowRank], architecture: Architect
             where=str(target),
             hint="merge them, which reads the base's config.json; or keep the format, which has the parts apart",
         ) from None
-    rank, before, ups = sum(d.rank for d in present), 0, []
-    for name, height in zip(names, rows, strict=True):
-        delta = pieces.get(name)
-        if delta is None:
-            ups.append(zeros("", (height, rank), present[0].up.dtype))
-        else:
-            ups.append(padded(delta.up, rank, before))
-            before += delta.rank
-    up = assembled(ups, [layout[name] for name in names])
-    return LowRank(joined("", [d.down for d in present]), up, present[0].scaling)
-
-
-def _check_alike(target: Target, deltas: Sequence[LowRank]) -> None:
-    """Raise where deltas have no factors in common that are made of their bytes."""
-    kinds = {(d.down.dtype, d.up.dtype, d.down.shape[1:]) for d in deltas}
-    if len({d.scaling for d in deltas}) > 1:
-        what, hint = "different scalings", "loratool resize --energy 1 folds the scalings in"
-    elif len(kinds) > 1:
-        what, hint = (
-            "different dtypes or input sizes",
-            "loratool resize --energy 1 --dtype float32 makes the dtypes one",
-        )
-    else:
-        return
-    raise MismatchError(f"its parts have {what}, so they have no common factors", where=str(target), hint=hint)
+    whole = below_each_other([pieces.get(name) for name in names], rows, target)
+    heights = [sum(rows[:n]) for n in range(len(rows) + 1)]
+    ups = [whole.up.rows(a, b) for a, b in pairwise(heights)]
+    return LowRank(whole.down, assembled(ups, [layout[name] for name in names]), whole.scaling)

@@ -583,7 +583,23 @@ def test_stacked_parameters_become_one_module_an_expert_in_another_format(arch, 
         wanted = {gate: deltas[".base_layer", e][:inner], up: deltas[".base_layer", e][inner:], down: deltas["", e]}
         for module, delta in wanted.items():
             assert torch.equal(kohya_delta(tmp_path / "a.safetensors", module), delta)
-            assert torch.equal(peft_delta(tmp_path / "back", module), delta)
+        for nest in sizes:  # and in PEFT's spelling the experts are stacked again, as PEFT 0.19 has them
+            assert torch.equal(
+                stacked_delta(tmp_path / "back", f"{LAYER}.mlp.experts{nest}", e, experts), deltas[nest, e]
+            )
+
+
+def stacked_delta(folder, module, expert, experts):
+    """The update of one expert, by the order of PEFT 0.19 and later, in fp64."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_version"] == "0.19.0"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    down, up = (tensors[f"base_model.model.{module}.lora_{f}.weight"].double() for f in "AB")
+    rank = len(down) // experts
+    name = f"{LAYER}.mlp.experts." + ("gate_up_proj" if module.endswith("base_layer") else "down_proj")
+    alphas = [v for k, v in config["alpha_pattern"].items() if re.fullmatch(rf"(.*\.)?({k})$", name)]
+    alpha = alphas[0] if alphas else config["lora_alpha"]
+    return alpha / rank * up[:, expert::experts] @ down[rank * expert : rank * (expert + 1)]
 
 
 # ------------------------------------------------------------------------------------------------------------- inspect
