@@ -264,14 +264,16 @@ def _pieces(
 def _told_as(target: Target, name: str, adapter: Adapter, architecture: Architecture | None) -> str:
     """Return the path under which the config speaks of a module.
 
-    PEFT 0.21 takes target modules that end like the experts of a stack for these experts, and loses the module: a
-    dense or shared layer beside them is given as its parameter, `mlp.gate_proj.weight`.
+    PEFT 0.21 takes target modules that end like the experts of a stack for these experts, and loses the module; and it
+    knows no router that is a class of its own. Both are given as their parameters, `mlp.gate_proj.weight`.
     """
     bare = _bare(name)
     if adapter.origin.format == "peft" and target in adapter.origin.modules:
         return peft_stacks.told_as(bare, adapter.origin.config)
+    known = architecture.find(target.parts[0], target.component) if architecture else None
+    is_router = known is not None and known.layer.group == "router"
     leaves = architecture.stacked_leaves if architecture else frozenset()
-    return f"{bare}.weight" if bare.rpartition(".")[2] in leaves else bare
+    return f"{bare}.weight" if is_router or bare.rpartition(".")[2] in leaves else bare
 
 
 def _naming_notes(adapter: Adapter, architecture: Architecture | None, options: Mapping[str, str]) -> tuple[str, ...]:

@@ -302,3 +302,25 @@ def test_a_split_and_a_fused_spelling_of_one_update_are_equal(tmp_path):
     assert report.totals["distance"] < 1e-6
     write_adapter(tmp_path / "other", {f"{attention}.{n}_proj": (down, up) for n, up in zip("qvk", ups, strict=True)})
     assert loratool.compare(tmp_path / "fused", tmp_path / "other", arch="baichuan").totals["distance"] > 0.1
+
+
+@pytest.mark.parametrize("case", [*LOST, "gpt_oss", "granitemoe", "phimoe"])
+def test_what_is_extracted_has_its_whole_effect_in_peft(case, tmp_path):
+    """Every matrix of the model changes by rank 2; PEFT applies the extracted adapter to the base in memory."""
+    spec = (LOST | STACKED | {"phimoe": ("Phimoe", {"num_local_experts": 4})})[case]
+    live = model(*spec)
+    live.save_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, p in live.named_parameters():
+            if p.ndim > 1 and "embed_tokens" not in name and "lm_head" not in name and "bias" not in name:
+                left = torch.randn(*p.shape[:-1], 2, generator=generator)
+                p += 0.1 * left @ torch.randn(*p.shape[:-2], 2, p.shape[-1], generator=generator)
+    live.save_pretrained(tmp_path / "tuned")
+    loratool.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "adapter", rank=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(model(*spec), tmp_path / "adapter").merge_and_unload()
+    found = adapted.state_dict()
+    for name, value in live.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=5e-6)
