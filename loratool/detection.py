@@ -13,6 +13,7 @@ from loratool import expressions
 from loratool.adapter import Finding
 from loratool.architecture import Architecture, Known, plainest
 from loratool.errors import AmbiguityError
+from loratool.layers import Excluded
 from loratool.patterns import selects
 from loratool.plugins import Plugins
 from loratool.tensors import TensorRef, TensorSource, module_of
@@ -51,7 +52,7 @@ def family_of(base: TensorSource, plugins: Plugins, name: str = "") -> Family | 
     if not fitting:
         return None
     family = _agreed(fitting, weights, base.path, every)
-    what = f"no family is made for {kind}; every layer fits {family.name}"
+    what = f"no family names the model_type {kind!r}; {family.name} knows every layer"
     return Family(family, "tensor names", (Finding("info", base.path, what),) if kind else ())
 
 
@@ -111,7 +112,8 @@ def _agreed(
     distance = {name: sum(k.distance for k in found if k) for name, found in known.items()}
     nearest = plainest([a for a in fitting if distance[a.name] == min(distance.values())], every)
     readings = {a.name: [taken(k) for k in known[a.name]] for a in nearest}
-    if any(reading != readings[nearest[0].name] for reading in readings.values()):
+    mine = readings[nearest[0].name]
+    if any(one and two and one != two for other in readings.values() for one, two in zip(mine, other, strict=True)):
         raise AmbiguityError(
             f"this fits {', '.join(readings)}, which read it differently",
             where=where,
@@ -121,5 +123,7 @@ def _agreed(
 
 
 def taken(known: Known | None) -> object:
-    """What decides how the bytes of a weight are taken."""
-    return known and (known.layer.transposed, known.layer.kind, len(known.parts), known.axis)
+    """Return what decides how the bytes of a weight are taken; nothing where no adapter can be on it."""
+    if known is None or isinstance(known.layer, Excluded):
+        return None
+    return known.layer.transposed, len(known.parts), known.axis

@@ -1,4 +1,4 @@
-"""The whole extension surface: three hooks, each returning a list (or nothing). Order never matters.
+"""The whole extension surface: three hooks, each returning a list (register_commands: nothing). Order never matters.
 
 Write a plugin with `from loratool import hookimpl`; see docs/plugins.md.
 """

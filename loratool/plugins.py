@@ -87,7 +87,8 @@ class Plugins:
     def add_file(self, path: Path) -> None:
         """Register one Python file as a plugin for this process (`-p FILE`)."""
         if not path.is_file():
-            raise UsageError("no such plugin file", where=path)
+            what = "this is a folder, and a plugin is one Python file" if path.is_dir() else "no such plugin file"
+            raise UsageError(what, where=path, hint="-p my_family.py: see docs/plugins.md")
         if self.manager.has_plugin(f"{path}:{path.stem}"):  # -p twice, before and after the verb
             return
         spec = importlib.util.spec_from_file_location(f"loratool_plugin_{path.stem}", path)

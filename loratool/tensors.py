@@ -89,6 +89,11 @@ class TensorRef:
         return prod(self.shape) * dtypes.itemsize(self.dtype)
 
     @property
+    def held(self) -> int:
+        """Bytes that reading it takes up: of a view, all that it is made from."""
+        return self.nbytes if self.view is None else sum(ref.held for ref in self.view.of)
+
+    @property
     def info(self) -> TensorInfo:
         """The description without the place."""
         return TensorInfo(self.name, self.shape, self.dtype)

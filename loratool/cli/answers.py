@@ -37,7 +37,8 @@ def families_of(path: str) -> Report:
         report.totals["families"] = list(adapter.families)
         report.rows = [{"family": name, "knows_every_module": True} for name in adapter.families]
         if not report.rows:
-            report.findings.append(Finding("error", path, "no family knows every module of this adapter"))
+            hint = "-p FILE adds a family (docs/plugins.md); inspect works without one"
+            report.findings.append(Finding("error", path, "no family knows every module of this adapter", hint))
         return report
     try:
         model = subjects.model(path)

@@ -47,6 +47,8 @@ def family(word: str) -> Architecture | None:
 
 def require_path(word: str) -> None:
     """Raise UsageError, with what is near, where a word that names no family is no file or folder either."""
+    if word.endswith(".py"):
+        raise UsageError("a Python file is no model", where=word, hint=f"a family in it: -p {word}, then its name")
     if Path(word).exists():
         return
     if "/" in word or word.endswith((".safetensors", ".json")):

@@ -64,9 +64,9 @@ def _owns(owner: str, parameter: str) -> bool:
     return not of or owner == of or owner.endswith("." + of)
 
 
-def _registration(name: str) -> tuple[bool, str]:
+def _registration(name: str) -> tuple[bool, bool, str]:
     """Order parameters as expert classes register them: what leads in before what leads out."""
-    return bool(re.search("down|out|w2|fc2", name)), name
+    return bool(re.search("down|out|w2|fc2", name)), name != "w1", name
 
 
 class Stacks(NamedTuple):
@@ -100,10 +100,11 @@ def read(
     for module, parts in sound.items():
         rank = int(scaling.told(paths[module]))
         deltas = split(parts, rank, scaling(paths[module], rank), old=old[module])
-        each = [known[module].at(e) for e in range(len(deltas) + 1)]
-        *targets, beyond = (Target(k.component, k.parts) for k in each)
-        result.deltas.update({t: (d,) for t, d in zip(targets, deltas, strict=True)})
-        result.stacks[module] = Stack(paths[module], tuple(targets), beyond)
+        axis = known[module].axis
+        each = [known[module].at(e) if axis else known[module] for e in range(len(deltas) + bool(axis))]
+        targets = tuple(Target(k.component, k.parts) for k in each)
+        result.deltas.update({t: (d,) for t, d in zip(targets, deltas, strict=False)})
+        result.stacks[module] = Stack(paths[module], targets[: len(deltas)], targets[-1] if axis else None)
     return result
 
 
@@ -117,7 +118,7 @@ def _problem(parts: Parts, known: Known, rank: Any) -> str:
     problem = shape_problem(parts.down, parts.up)
     if problem:
         return problem
-    if not known.axis:
+    if not known.axis and parts.down.shape[0] != rank:
         return "this is LoRA on a 3-D parameter, and no family says what is stacked in it"
     if not isinstance(rank, int) or rank < 1 or parts.down.shape[0] % rank:
         return f"{parts.down.shape[0]} rows of lora_A are no whole number of experts of rank {rank}"
@@ -141,6 +142,9 @@ def swapped(
     findings: list[Finding] = []
     result = {}
     for module in stacks:
+        if not known[module].axis:  # one matrix, which PEFT has always taken as (out, in)
+            result[module] = False
+            continue
         layer = known[module].layer
         in_out = isinstance(layer, Experts) and layer.in_out != layer.flipped_in_memory
         if isinstance(layer, Experts) and in_out and not layer.unmarked and (certain or old is False):

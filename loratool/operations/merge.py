@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from math import prod, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Target
@@ -47,9 +47,6 @@ from loratool.plan import (
 )
 from loratool.storage.checkpoint import Checkpoint, Shard, companions, is_inside, left_behind
 from loratool.tensors import TensorRef
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan(
@@ -166,7 +163,9 @@ def _match(
         for target in adapter.targets:
             slices = resolve(target, known, architecture, base.config or {})
             if not slices:
-                problems.append(f"{target}: the base has no such module{_why_missing(target, known, architecture)}")
+                problems.append(
+                    f"{target}: the base has no such module{_why_missing(target, known, base, architecture)}"
+                )
                 continue
             found = [problem for delta in adapter.deltas[target] if (problem := misfit(delta, slices))]
             found += [problem for one in slices if (problem := _unmergeable(one, target, base, architecture, known))]
@@ -201,8 +200,10 @@ def _unmergeable(one: Slice, target: Target, base: Checkpoint, architecture: Arc
     return ""
 
 
-def _why_missing(target: Target, known: Places, architecture: Architecture) -> str:
+def _why_missing(target: Target, known: Places, base: Checkpoint, architecture: Architecture) -> str:
     """Return a reason that a person can act on, or nothing."""
+    if all(f"{part}.weight" in base.tensors and not architecture.find(part) for part in target.parts):
+        return f" that {architecture.name} knows (the file has it: see loratool arch check)"
     components = {t.component for t in known}
     if components and target.component not in components:
         return f" (it is {min(components)}: choose with --target '{min(components)}:**')"

@@ -63,7 +63,9 @@ class MergePanel:
     def scratch(self) -> int:
         """The factors as loaded, widened and joined, and a tile as read, summed and rounded."""
         tile = max(stop - start for start, stop in self._tiles()) * prod(self.weight.shape[1:])
-        return 24 * sum(t.down.shape[0] for t in self.terms) * sum(_as_matrix(self.weight.shape)) + 24 * tile
+        stacks = {ref.pieces: ref.held for t in self.terms for ref in (t.up, t.down) if ref.view}
+        joined = 24 * sum(t.down.shape[0] for t in self.terms) * sum(_as_matrix(self.weight.shape))
+        return joined + 24 * tile + sum(stacks.values())
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Read, add, round and write tile by tile."""

@@ -70,7 +70,7 @@ class ResizeModule:
     @property
     def scratch(self) -> int:
         """Both factors in fp64, four times over."""
-        return 32 * (prod(self.delta.down.shape) + prod(self.delta.up.shape))
+        return 32 * (prod(self.delta.down.shape) + prod(self.delta.up.shape)) + sum(r.held for r in self.delta.refs)
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Factorise, choose the rank, write the factors, measure what they lose."""

@@ -21,7 +21,7 @@ from loratool.tensors import Inline, TensorRef, View
 class Loader:
     """Reads references onto one device. Use as a context manager; callable as the `load` of plan.Unit."""
 
-    KEPT = 64 << 20  # bytes of a tensor that stays in memory while columns of it are wanted one after another
+    KEPT = 256 << 20  # bytes of tensors that stay in memory while columns of them are wanted one after another
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
@@ -76,7 +76,7 @@ class Loader:
             found = self(ref)
             if key:
                 with self._lock:
-                    while len(self._kept) >= 4:  # workers may be at different tensors
+                    while self._kept and sum(t.nbytes for t in self._kept.values()) + found.nbytes > self.KEPT:
                         self._kept.pop(next(iter(self._kept)))
                     self._kept[key] = found
         return found

@@ -315,7 +315,7 @@ def test_what_is_extracted_has_its_whole_effect_in_peft(case, tmp_path):
         for name, p in live.named_parameters():
             if p.ndim > 1 and "embed_tokens" not in name and "lm_head" not in name and "bias" not in name:
                 left = torch.randn(*p.shape[:-1], 2, generator=generator)
-                p += 0.1 * left @ torch.randn(*p.shape[:-2], 2, p.shape[-1], generator=generator)
+                p.add_(0.1 * left @ torch.randn(*p.shape[:-2], 2, p.shape[-1], generator=generator))
     live.save_pretrained(tmp_path / "tuned")
     loratool.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "adapter", rank=2)
     with warnings.catch_warnings():
@@ -324,3 +324,58 @@ def test_what_is_extracted_has_its_whole_effect_in_peft(case, tmp_path):
     found = adapted.state_dict()
     for name, value in live.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=5e-6)
+
+
+def old_stack(folder: Path, live, square: bool, **config):
+    """Write an adapter in the order of PEFT 0.18, and return its update of down_proj in the first layer, (out, in)."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {n.rpartition(".")[2]: p.shape for n, p in live.named_parameters() if p.ndim == 3}
+    experts, out, inner = shapes["down_proj"]
+    assert square == (out == inner)
+    down, up = torch.randn(experts * 2, out, generator=generator), torch.randn(inner, 2 * experts, generator=generator)
+    names = {"target_parameters": ["experts.down_proj"], "target_modules": []}
+    write_adapter(folder, {"model.layers.0.mlp.experts": (down, up)}, r=2, **names, **config)
+    delta = torch.einsum("ore,eri->eio", up.double().reshape(inner, 2, experts), down.double().reshape(experts, 2, out))
+    return 2.5 * delta
+
+
+@pytest.mark.parametrize("square", [True, False])
+def test_an_old_stack_of_an_unknown_family_is_not_resized_in_the_wrong_order(square, tmp_path):
+    live = model("Qwen3Moe", MOE | {"moe_intermediate_size": 32 if square else 20})
+    live.save_pretrained(tmp_path / "base")
+    delta = old_stack(tmp_path / "adapter", live, square, peft_version="0.18.0")
+    with pytest.raises(MismatchError, match=r"before PEFT 0\.19 or after"):  # other families hold (experts, in, out)
+        loratool.resize(tmp_path / "adapter", tmp_path / "guessed", rank=2)
+    loratool.resize(tmp_path / "adapter", tmp_path / "resized", rank=2, arch="qwen3-moe")
+    loratool.merge(tmp_path / "base", [tmp_path / "resized"], tmp_path / "out")
+    merged, base = tensors(tmp_path / "out"), tensors(tmp_path / "base")
+    for e in range(4):
+        name = f"model.layers.0.mlp.experts.{e}.down_proj.weight"
+        torch.testing.assert_close(merged[name].double(), base[name].double() + delta[e], rtol=0, atol=1e-5)
+
+
+def test_half_of_an_expert_s_matrix_can_be_left_out(tmp_path):
+    live = model(*STACKED["qwen3_moe"])
+    live.save_pretrained(tmp_path / "base")
+    trained(live).save_pretrained(tmp_path / "adapter")
+    base = tensors(tmp_path / "base")
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "whole")
+    report = loratool.merge(
+        tmp_path / "base", [tmp_path / "adapter"], tmp_path / "half", target=["experts.{e}.gate_proj"]
+    )
+    whole, half = tensors(tmp_path / "whole"), tensors(tmp_path / "half")
+    for name, weight in base.items():
+        wanted = whole[name] if name.endswith("gate_proj.weight") else weight
+        assert torch.equal(half[name], wanted), name
+    fates = report.ledger[str(tmp_path / "adapter")]
+    assert fates["computed in part"] == 4  # both factors of gate_up_proj in both layers; the rest was left out
+    assert sum(fates.values()) == len(load_file(tmp_path / "adapter/adapter_model.safetensors"))
+
+
+def test_an_adapter_whose_alphas_differ_converts_to_its_own_format_unchanged(tmp_path):
+    factors = {f"model.layers.0.mlp.experts.{e}.down_proj": (torch.randn(2, 48), torch.randn(32, 2)) for e in range(4)}
+    write_adapter(tmp_path / "adapter", factors, r=2)
+    loratool.convert(tmp_path / "adapter", tmp_path / "same", to="peft")
+    before, after = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("adapter", "same"))
+    assert before.keys() == after.keys()
+    assert json.loads((tmp_path / "same/adapter_config.json").read_text()).get("target_parameters") is None
