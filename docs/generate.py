@@ -32,11 +32,12 @@ def _exit_codes() -> str:
     """Return the exit codes as the tree of errors gives them."""
     from loratool import errors
 
-    codes = {0: "done (inspect: also where it found errors)", 2: "usage", 70: "a bug; 130 and 143: interrupted"}
+    codes = {2: "usage", 70: "a bug; 130 and 143: interrupted"}
+    codes[0] = "done (inspect: also where it found errors, but not with --check)"
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.LoratoolError) and error.exit_code > 3:
             codes[error.exit_code] = (error.__doc__ or "").splitlines()[0].rstrip(".")
-    codes[3] = "an input is refused; nothing was written"
+    codes[3] = "an input is refused, or did not pass its --check; nothing was written"
     return "Exit codes: " + "; ".join(f"{code} {what}" for code, what in sorted(codes.items())) + "."
 
 

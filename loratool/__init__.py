@@ -9,8 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Adapter, Finding, LowRank, Origin, Target
+from loratool.adapter import Adapter, Finding, Origin, Target
 from loratool.architecture import Architecture, Match
+from loratool.deltas import LowRank
 from loratool.errors import LoratoolError
 from loratool.hookspecs import Format, Written, hookimpl
 from loratool.layers import Conv1D, Conv1d, Conv2d, Conv3d, Embedding, Excluded, Experts, Fused, Linear
@@ -20,6 +21,7 @@ from loratool.tensors import TensorRef, TensorSource
 
 if TYPE_CHECKING:
     from loratool.api import compare, convert, extract, inspect, merge, resize
+    from loratool.live import from_peft, to_peft
 
 __all__ = [
     "Adapter",
@@ -52,6 +54,7 @@ __all__ = [
     "concat",
     "convert",
     "extract",
+    "from_peft",
     "hookimpl",
     "inspect",
     "interleave_heads",
@@ -59,16 +62,20 @@ __all__ = [
     "resize",
     "stack",
     "stride",
+    "to_peft",
 ]
 
 __version__ = "0.1.0"
 
-_VERBS = ("compare", "convert", "extract", "inspect", "merge", "resize")
+_LAZY = {
+    **dict.fromkeys(("compare", "convert", "extract", "inspect", "merge", "resize"), "loratool.api"),
+    **dict.fromkeys(("from_peft", "to_peft"), "loratool.live"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _VERBS:
-        return getattr(import_module("loratool.api"), name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'loratool' has no attribute {name!r}")
 
 

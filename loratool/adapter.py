@@ -1,24 +1,28 @@
 """Adapters: what every format is read into and written from.
 
-An adapter maps targets (weights of the base, by canonical path) to deltas (updates of those weights). The tensors in
-it are references; nothing is loaded. Factors keep the orientation of the paper (Hu et al. 2021, arXiv 2106.09685):
-`down` (A) is (rank, in), `up` (B) is (out, rank), and the update of an (out, in) weight is `scaling * up @ down`.
+An adapter maps targets (weights of the base, by canonical path) to deltas (updates of those weights, of the kinds in
+loratool.deltas). The tensors in it are references; nothing is loaded. Factors keep the orientation of the paper (Hu et
+al. 2021, arXiv 2106.09685): `down` (A) is (rank, in), `up` (B) is (out, rank), and the update of an (out, in) weight is
+`scaling * up @ down`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
-from loratool.errors import MismatchError
+from loratool.deltas import Delta, LowRank
+from loratool.errors import InputError, MismatchError
 from loratool.patterns import natural, selects
-from loratool.tensors import Inline, TensorRef
+from loratool.tensors import TensorRef
 
 
 class Target(NamedTuple):
-    """What one delta updates: canonical module paths whose output rows it covers, in that order (almost always one)."""
+    """What one delta updates: canonical module paths whose output rows it covers, in that order (almost always one).
+
+    A module path is the name of its weight less the final `.weight`; other tensors, such as biases, have their names.
+    """
 
     component: str
     parts: tuple[str, ...]
@@ -38,63 +42,6 @@ class Target(NamedTuple):
     def sort_key(self) -> tuple[str, tuple[tuple[int, int, str], ...]]:
         """Component, then path, with layer 2 before layer 10."""
         return self.component, natural(self.path)
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A plain LoRA delta: `scaling * up @ down`.
-
-    Linear, Conv1D and embedding: down (rank, in), up (out, rank).
-    Convolution: down (rank, in, *kernel), up (out, rank, 1, ...); the update is up.flatten(1) @ down.flatten(1).
-    """
-
-    down: TensorRef
-    up: TensorRef
-    scaling: float
-
-    kind = "lora"
-
-    @property
-    def rank(self) -> int:
-        """The inner dimension, from the shape of down."""
-        return self.down.shape[0]
-
-    @property
-    def alpha(self) -> float:
-        """The alpha that makes `alpha / rank` this scaling, without the noise of a division undone."""
-        alpha = self.scaling * self.rank
-        tidy = float(f"{alpha:.12g}")
-        return tidy if self.rank and tidy / self.rank == self.scaling else alpha
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(out, in x kernel) of the update as a matrix."""
-        return self.up.shape[0], prod(self.down.shape[1:])
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """The tensors of this delta."""
-        return self.down, self.up
-
-    def cut(self, parts: int) -> list[LowRank]:
-        """Return the deltas of equal shares of the output rows, `down` shared."""
-        share, rest = divmod(self.up.shape[0], parts)
-        if rest:
-            raise MismatchError(f"{self.up.shape[0]} rows do not divide into {parts} parts", where=self.up.name)
-        return [LowRank(self.down, self.up.rows(n * share, (n + 1) * share), self.scaling) for n in range(parts)]
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether this is the delta of a weight that did not change: a factor that was made of zeros."""
-        return all(isinstance(p, Inline) and not any(p.data) for p in self.up.pieces)
-
-    def weight_shape(self, *, transposed: bool) -> tuple[int, ...]:
-        """Return the shape of the stored weight that this delta fits, kernels included."""
-        shape = (self.up.shape[0], *self.down.shape[1:])
-        return shape[::-1] if transposed else shape
-
-
-Delta: TypeAlias = LowRank
 
 
 class Finding(NamedTuple):
@@ -140,6 +87,11 @@ class Adapter:
     `base_copies` are untouched base weights that were saved along (PEFT does so for embeddings). `tensors` are all of
     the files, `consumed` the names of those that were read for their value (alphas), `skipped` those that the user's
     globs left out, `partly` those of which they left out some experts. `findings` is everything that reading noticed.
+
+    `replication`: the layer of the base that each layer of the adapted model repeats, where they are not the same.
+    `changed_base`: how the base was changed before training (PiSSA ...); the deltas are relative to that changed base.
+    `shares_ties`: what it does to one of two tied weights it does to both. `head_class`: the ending of the transformers
+    class whose head it brings, ForSequenceClassification.
     """
 
     deltas: Mapping[Target, tuple[Delta, ...]]
@@ -154,11 +106,35 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     base_model: str = ""
     findings: tuple[Finding, ...] = ()
+    replication: tuple[int, ...] = ()
+    changed_base: str = ""
+    shares_ties: bool = False
+    head_class: str = ""
 
     @property
     def targets(self) -> list[Target]:
         """The targets in natural order."""
         return sorted(self.deltas, key=lambda t: t.sort_key)
+
+    def low_rank(self, verb: str) -> Mapping[Target, tuple[LowRank, ...]]:
+        """Return the deltas, all of them plain LoRA; raise InputError, which names the others, where some are not."""
+        plain: dict[Target, tuple[LowRank, ...]] = {}
+        others: dict[str, list[Target]] = {}
+        for target, deltas in self.deltas.items():
+            found = tuple(d for d in deltas if isinstance(d, LowRank) and d.mid is None)
+            if len(found) == len(deltas):
+                plain[target] = found
+            else:
+                kind = next(d.kind for d in deltas if d not in found)
+                others.setdefault(kind, []).append(target)
+        if others:
+            told = [f"{kind}: {len(ts)} modules, such as {ts[0]}" for kind, ts in others.items()]
+            raise InputError(
+                "\n  ".join([f"{verb} does not carry these kinds of updates yet", *told]),
+                where=self.origin.path,
+                hint="merge does; or leave them out with --exclude",
+            )
+        return plain
 
     @property
     def explained(self) -> dict[str, str]:
@@ -172,6 +148,10 @@ class Adapter:
     def require_sound(self) -> Adapter:
         """Return self, or raise MismatchError that lists every error finding."""
         errors = [f for f in self.findings if f.level == "error"]
+        if self.changed_base:
+            what = f"{self.changed_base} changed the base model before training; this adapter fits that base only"
+            hint = "--init-adapter FOLDER: the adapter as it was saved before training (peft_model.save_pretrained)"
+            errors.append(Finding("error", "init_lora_weights", what, hint))
         if errors:
             lines = [f"{f.where}: {f.what}" for f in errors[:12]]
             if len(errors) > 12:
@@ -194,6 +174,7 @@ class Adapter:
             return matched
 
         def wanted(part: str, component: str) -> bool:
+            part = part.removesuffix(".bias")  # a bias goes with its module
             yes = [hit(p, part, component) for p in target]
             no = [hit(p, part, component) for p in exclude]
             return (any(yes) or not target) and not any(no)
@@ -222,3 +203,29 @@ class Adapter:
         skipped = [name for name in skipped if name not in shared]
         copies = {t: ref for t, ref in self.base_copies.items() if t in kept}
         return replace(self, deltas=kept, base_copies=copies, skipped=tuple(skipped), partly=tuple(partly))
+
+
+class Weighted(NamedTuple):
+    """An adapter and how strongly it is applied: `weight`, times the scales of the patterns that select a module."""
+
+    adapter: Adapter
+    weight: float = 1.0
+    scales: tuple[tuple[str, float], ...] = ()
+
+    def of(self, target: Target) -> float:
+        """Return the weight of one target."""
+        weight = self.weight
+        for pattern, scale in self.scales:
+            if any(selects(pattern, part.removesuffix(".bias"), target.component) for part in target.parts):
+                weight *= scale
+        return weight
+
+    def require_scales_used(self) -> None:
+        """Raise MismatchError where a pattern selects nothing."""
+        for pattern, _ in self.scales:
+            if not any(selects(pattern, part, t.component) for t in self.adapter.deltas for part in t.parts):
+                raise MismatchError(
+                    f"no module matches {pattern!r}",
+                    where=self.adapter.origin.path,
+                    hint="loratool inspect lists the modules; patterns match whole names or their ends",
+                )

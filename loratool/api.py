@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 from loratool import engine, ledger
-from loratool.adapter import Adapter, Finding
+from loratool.adapter import Adapter, Finding, Weighted
 from loratool.architecture import Architecture
-from loratool.detection import recognise
+from loratool.detection import as_model, by_names_of, read_as, recognise
 from loratool.engine import EVERYTHING, Progress, Resources
-from loratool.errors import FormatError, UsageError
+from loratool.errors import FormatError, LoratoolError, MismatchError, UsageError
 from loratool.hookspecs import Format
+from loratool.operations.initial import without_initial
 from loratool.operations.resize import Rule
 from loratool.plan import Plan, Report
 from loratool.plugins import Plugins, installed
@@ -47,60 +48,195 @@ class Running(TypedDict, total=False):
     plugins: Plugins | None
 
 
+class Applied(NamedTuple):
+    """An adapter as `merge` applies it: its weight, further ones of modules by pattern, and the modules it is used for.
+
+    `path` may be an adapter that is open already, such as `from_peft` gives. `init_adapter` is the adapter that the
+    training of a PiSSA-like one started from.
+    """
+
+    path: StrPath | Adapter
+    weight: float = 1.0
+    scales: Mapping[str, float] = {}
+    target: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    init_adapter: StrPath | Adapter = ""
+
+
 class Settings(Reading, Running):
     """Both."""
 
 
-def inspect(adapter: StrPath, *, spectrum: bool = False, **settings: Unpack[Settings]) -> Report:
-    """Describe an adapter, from its header alone unless `spectrum` asks for singular values."""
+def inspect(
+    adapter: StrPath,
+    *,
+    spectrum: bool = False,
+    check: bool = False,
+    base: StrPath = "",
+    **settings: Unpack[Settings],
+) -> Report:
+    """Describe an adapter, from its header alone unless `spectrum` asks for singular values or `check` for defects.
+
+    With a `base` it is a merged model that is described, by which of its tensors differ from those of the base.
+    """
     from loratool.operations import inspect as operation
 
     reading, running = _split(settings)
-    opened = open_adapter(adapter, **reading)
-    plan = operation.plan(opened, _architecture(opened, running), spectrum=spectrum)
+    if base:
+        return _inspect_merged(adapter, base, reading, running)
+    try:
+        opened = open_adapter(adapter, **reading)
+    except LoratoolError as problem:
+        raise _as_a_model(adapter, problem, reading, running) from None
+    plan = operation.plan(opened, _architecture(opened, running), spectrum=spectrum, check=check)
     plan.preview.sources["adapter"] = str(adapter)
     plan.preview.totals["file_bytes"] = sum(p.stat().st_size for p in _files(Path(adapter)))
     return _finish(plan, [], None, **running)
 
 
+def _inspect_merged(model: StrPath, base: StrPath, reading: Mapping[str, Any], running: Mapping[str, Any]) -> Report:
+    """Compare a merged model with its base."""
+    from loratool.operations import unchanged as operation
+
+    allow_pickle = reading.get("allow_pickle", False)
+    opened, opened_base = (checkpoint.open_base(str(path), allow_pickle=allow_pickle) for path in (model, base))
+    architecture, notes = _family(opened_base, reading.get("arch", ""), running)
+    if any(f.detect(opened) for f in _plugins(running).formats()):
+        raise UsageError("--base is for a merged model, and this is an adapter", where=model, hint="leave --base out")
+    plan = operation.plan(opened, opened_base, architecture)
+    plan.preview.findings += notes
+    plan.preview.sources |= {"model": str(model), "base": str(base)}
+    return _finish(plan, [], None, **running)
+
+
+def _as_a_model(
+    path: StrPath, problem: LoratoolError, reading: Mapping[str, Any], running: Mapping[str, Any]
+) -> LoratoolError:
+    """Return why a source was not opened as an adapter: where it is a model, with what can be asked of one."""
+    if checkpoint.is_adapter_folder(str(path)):
+        return problem
+    try:
+        opened = checkpoint.open_base(str(path), allow_pickle=reading.get("allow_pickle", False))
+        return as_model(opened, _plugins(running)) or problem
+    except LoratoolError:
+        return problem
+
+
 def merge(
     base: StrPath,
-    adapters: Sequence[StrPath],
+    adapters: Sequence[StrPath | Adapter | Applied],
     out: StrPath,
     *,
     weights: Sequence[float] = (),
+    scales: Mapping[str, float] | None = None,
     dtype: str = "keep",
+    compute_dtype: str = "float32",
+    base_as_trained: str = "",
     target: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
+    init_adapter: StrPath | Adapter = "",
     allow_noop: bool = False,
+    verify: bool = False,
     **settings: Unpack[Settings],
 ) -> Report:
-    """Merge adapters, each times its weight, into a base checkpoint; write the merged checkpoint to `out`."""
+    """Merge adapters into a base checkpoint; write the merged checkpoint to `out`.
+
+    `adapters` are paths or `Adapter`s, or `Applied` where each has weights and modules of its own. `weights` has one
+    number an adapter, `scales` a further one for modules by pattern. `init_adapter` is what a PiSSA-like one began as.
+    `verify` computes samples of the output anew, in fp64, and compares the logits of base + adapter and merged model.
+    `base_as_trained` ("nf4", "nf4-double") merges into what a QLoRA adapter was trained on: dequant(quant(W)).
+    """
     from loratool.operations import merge as operation
 
     reading, running = _split(settings)
-    if isinstance(adapters, (str, Path, Mapping)):
+    if isinstance(adapters, (str, Path, Mapping, Adapter)):
         raise UsageError("adapters must be a list of paths", hint="merge(base, [one, two], out, weights=[0.7, 0.4])")
     weights = list(weights) or [1.0] * len(adapters)
-    if not all(map(isfinite, weights)):
-        raise UsageError(f"the weights {weights} are not all numbers", hint="an adapter's weight is such as 0.7")
     if len(weights) != len(adapters):
         raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights", hint="give one weight an adapter")
-    opened = checkpoint.open_base(str(base))
+    if verify and base_as_trained:
+        raise UsageError("--verify compares with the base, which --base-as-trained changes", hint="use one of them")
+    opened = checkpoint.open_base(str(base), allow_pickle=reading.get("allow_pickle", False))
     architecture, notes = _family(opened, reading.pop("arch", ""), running)
-    pairs = [
-        (
-            open_adapter(path, arch=architecture, **reading)
-            .require_sound()
-            .selected(_patterns(target), _patterns(exclude)),
-            weight,
+    common = Applied("", 1.0, scales or {}, _patterns(target), _patterns(exclude), init_adapter)
+    weighted = [_applied(a, weight, common, architecture, reading) for a, weight in zip(adapters, weights, strict=True)]
+    try:
+        plan = operation.plan(
+            opened,
+            architecture,
+            weighted,
+            out_name=Path(out).name,
+            dtype=dtype,
+            compute=compute_dtype,
+            as_trained=base_as_trained,
+            allow_noop=allow_noop,
         )
-        for path, weight in zip(adapters, weights, strict=True)
-    ]
-    plan = operation.plan(opened, architecture, pairs, out_name=Path(out).name, dtype=dtype, allow_noop=allow_noop)
+    except MismatchError as problem:
+        raise by_names_of([w.adapter for w in weighted], problem, opened, architecture, _plugins(running)) from None
     plan.preview.findings += notes
-    plan.preview.sources |= {"base": str(base), **{f"adapter {n + 1}": str(a) for n, a in enumerate(adapters)}}
-    return _finish(plan, [base, *adapters], out, **running)
+    given = [a.path if isinstance(a, Applied) else a for a in adapters]
+    paths = [a.origin.path if isinstance(a, Adapter) else a for a in given]
+    plan.preview.sources |= {"base": str(base), **{f"adapter {n + 1}": str(p) for n, p in enumerate(paths)}}
+    report = _finish(plan, [base, *paths], out, **running)
+    if verify and not report.dry_run:
+        _verify(report, opened, architecture, weighted, running)
+    return report
+
+
+def _verify(
+    report: Report,
+    base: checkpoint.Checkpoint,
+    architecture: Architecture,
+    adapters: Sequence[Weighted],
+    running: Mapping[str, Any],
+) -> None:
+    """Open the output again and compute samples of it anew; compare what the models say where that is possible."""
+    from loratool.logits import compare
+    from loratool.operations import merge as operation
+    from loratool.operations import verify as verification
+
+    merged = checkpoint.open_base(report.out)
+    units = operation.samples(merged, base, architecture, adapters)
+    resources = running.get("resources", EVERYTHING)
+    done = engine.measure(verification.plan(units, report.out), resources, running.get("progress"))
+    report.totals |= done.totals
+    difference, why_not = compare(base.path, adapters, report.out, resources.memory)
+    if why_not:
+        report.findings.append(Finding("info", "--verify", f"the models' outputs were not compared: {why_not}"))
+    else:
+        report.totals["logits_difference"] = difference
+
+
+def _applied(
+    given: StrPath | Adapter | Applied,
+    weight: float,
+    common: Applied,
+    architecture: Architecture,
+    reading: Mapping[str, Any],
+) -> Weighted:
+    """Open an adapter and say how strongly each of its modules is applied: by its own words and those for all."""
+    own = given if isinstance(given, Applied) else Applied(given)
+    factors = (weight * own.weight, *own.scales.values(), *common.scales.values())
+    if not all(isinstance(f, (int, float)) and isfinite(f) for f in factors):
+        raise UsageError(f"the weights {factors} are not all numbers", hint="an adapter's weight is such as 0.7")
+    adapter = _opened(own.path, architecture, reading)
+    initial = own.init_adapter or common.init_adapter
+    if initial:
+        adapter = without_initial(adapter, _opened(initial, architecture, reading))
+    adapter = adapter.require_sound()
+    target, exclude = (*own.target, *common.target), (*own.exclude, *common.exclude)
+    weighted = Weighted(
+        adapter.selected(target, exclude), weight * own.weight, (*own.scales.items(), *common.scales.items())
+    )
+    weighted.require_scales_used()
+    return weighted
+
+
+def _opened(given: StrPath | Adapter, architecture: Architecture, reading: Mapping[str, Any]) -> Adapter:
+    """Open an adapter as one for this family, if it is not open already."""
+    if isinstance(given, Adapter):
+        return read_as(given, architecture, _plugins(reading))
+    return open_adapter(given, arch=architecture, **reading)
 
 
 def extract(
@@ -115,13 +251,15 @@ def extract(
     target: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     arch: str = "",
+    allow_pickle: bool = False,
     **running: Unpack[Running],
 ) -> Report:
     """Extract the rank-`rank` delta of `tuned` against `base` into an adapter in the format `to`."""
     from loratool.operations import extract as operation
 
-    opened, opened_base = checkpoint.open_base(str(tuned)), checkpoint.open_base(str(base))
+    opened, opened_base = (checkpoint.open_base(str(path), allow_pickle=allow_pickle) for path in (tuned, base))
     architecture, notes = _family(opened, arch, running)
+    notes += _unread(opened_base)
     format = _plugins(running).format(to)
     plan = operation.plan(
         opened,
@@ -251,7 +389,12 @@ def _family(base: checkpoint.Checkpoint, arch: str, running: Mapping[str, Any]) 
     if any(f.detect(base) for f in plugins.formats()):
         raise UsageError("this is an adapter, and a model is needed here", where=base.path)
     family = recognise(base, plugins, arch)
-    return family.architecture, list(family.findings)
+    return family.architecture, [*family.findings, *_unread(base)]
+
+
+def _unread(base: checkpoint.Checkpoint) -> list[Finding]:
+    """Say which weights beside a base's own were not read."""
+    return [Finding("info", base.path, note) for note in base.notes]
 
 
 def _spelling(format: Format, out: Path, config: Mapping[str, object] | None) -> dict[str, str]:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from loratool import expressions
+from loratool import expressions, fieldtypes
 from loratool.errors import LoratoolError, MismatchError, PluginError
 from loratool.layers import Excluded, Experts, Fused, Layer
-from loratool.layouts import Layout, Rows
+from loratool.layouts import Rows
 from loratool.patterns import Lexicon, Rule, Skeleton, parse_rule
 
 _OPEN = "987654321"  # stands for the open index of a stack while its paths are looked up
@@ -95,6 +95,8 @@ class Architecture:
     tied             groups of paths that may share one tensor
     tied_by_default  whether they do where config.json has no tie_word_embeddings
     kohya_prefixes   component -> the first element of kohya's flat names
+    component_classes  component -> the names of its model's classes, which tell two text encoders apart
+    at_hand          the component that the model at hand is: said where a model is recognised, not by a family
     """
 
     name: str
@@ -112,6 +114,8 @@ class Architecture:
     tied: tuple[tuple[str, ...], ...] = ()
     tied_by_default: bool = False
     kohya_prefixes: Mapping[str, str] = field(default_factory=dict)
+    component_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    at_hand: str = ""
 
     def completed(self, parent: Architecture) -> Architecture:
         """Return this family with everything that it shares with the one it is like."""
@@ -128,6 +132,17 @@ class Architecture:
     def components(self) -> tuple[str, ...]:
         """The components in the order of the layers; `("",)` for a model of one piece."""
         return tuple(dict.fromkeys(layer.component for layer in self.layers))
+
+    def holding(self, model_class: str, paths: Iterable[str] = ()) -> Architecture:
+        """Return this family with the component that a model is: by its class, else the first that has all its paths.
+
+        What two components have in common, such as the layers of two text encoders, is then that component's.
+        """
+        by_class = [c for c, classes in self.component_classes.items() if model_class in classes]
+        paths = list(paths) if len(self.components) > 1 and not by_class else []
+        by_names = [c for c in self.components if paths and all(self.find(path, c) for path in paths)]
+        found = next(iter(by_class or by_names), "")
+        return replace(self, at_hand=found) if found else self
 
     @cached_property
     def _lexicons(self) -> dict[str, Lexicon[Layer]]:
@@ -153,11 +168,20 @@ class Architecture:
 
     def find(self, path: str, component: str | None = None) -> Known | None:
         """Return what this family knows of a dotted path, in any spelling it may have on disk or in memory."""
-        for name in self.components if component is None else (component,):
-            found = self._find(name, path, _DEPTH) if name in self._lexicons else None
-            if found:
-                return found
-        return None
+        return next(self._readings(path, self._order if component is None else (component,)), None)
+
+    def readings(self, path: str) -> list[Known]:
+        """Return what a path may be, in every component that has such a layer; in the one at hand if that does."""
+        found = list(self._readings(path, self._order))
+        return [k for k in found if k.component == self.at_hand] or found
+
+    def _readings(self, path: str, components: Iterable[str]) -> Iterator[Known]:
+        found = (self._find(name, path, _DEPTH) for name in components if name in self._lexicons)
+        return (known for known in found if known)
+
+    @cached_property
+    def _order(self) -> tuple[str, ...]:
+        return tuple(sorted(self.components, key=lambda component: component != self.at_hand))
 
     def _find(self, component: str, path: str, depth: int) -> Known | None:
         spellings = [path, *(prefix + path for prefix in self.prefixes.get(component, ()))]
@@ -274,8 +298,14 @@ class Architecture:
         """The last elements of the names on disk of matrices that are stacked in memory: `gate_proj`, `w1`."""
         return frozenset(p.elements[-1] for rule in self._memory_rules if rule.axis for p in rule.parts)
 
+    def is_bare(self, component: str, model_class: str) -> bool:
+        """Whether the modules of the live model carry no prefix; another class in a component's place keeps its own."""
+        classes = self.component_classes.get(component, ())
+        bare = component in self.bare_in_memory and (not model_class or not classes or model_class in classes)
+        return bare or model_class in self.headless
+
     def _live(self, component: str, path: str, model_class: str) -> str:
-        if component in self.bare_in_memory or model_class in self.headless:
+        if self.is_bare(component, model_class):
             for prefix in self.prefixes.get(component, ()):
                 if path.startswith(prefix):
                     return path[len(prefix) :]
@@ -300,25 +330,10 @@ class Architecture:
 
     def validate_types(self) -> None:
         """Raise PluginError where a field is of another type than it says: a tuple of one that lacks its comma."""
-
-        def require(name: str, value: object, kind: type, of: str) -> None:
-            if not isinstance(value, (tuple, list)) or not all(isinstance(item, kind) for item in value):
-                hint = "a tuple of one has a comma: (x,); see docs/plugins.md"
-                raise PluginError(f"{name} must be a tuple of {of}", where=self.name, hint=hint)
-
-        if not isinstance(self.match, Match):
-            raise PluginError("match must be Match(...)", where=self.name, hint="see docs/plugins.md")
-        require("layers", self.layers, Layer, "layers such as Linear(...)")
-        require("fused", self.fused, Fused, "Fused(...)")
-        texts = {n: getattr(self, n) for n in ("default_targets", "memory", "aliases", "headless", "bare_in_memory")}
-        texts |= {"model_types": self.match.model_types, "classes": self.match.classes}
-        texts |= {"layer patterns": tuple(y.pattern for y in self.layers)}
-        texts |= {f"prefixes[{c!r}]": names for c, names in self.prefixes.items()}
-        texts |= {f"wrapped[{c!r}]": names for c, names in self.wrapped.items()}
-        for name, value in texts.items():
-            require(name, value, str, "texts")
+        for mistake in fieldtypes.mistakes(self):
+            hint = "a tuple of one has a comma: (x,); see docs/plugins.md"
+            raise PluginError(mistake, where=self.name, hint=hint)
         for fused in self.fused:
-            require("layout", (fused.layout,), Layout, "concat(...), interleave_heads(...) ...")
             parts = len(fused.layout.widths) if fused.layout.name != "stack" else len(fused.parts)
             if len(fused.parts) != parts:
                 what = f"{fused.pattern!r} has {len(fused.parts)} parts, and its layout {parts}"
@@ -333,9 +348,11 @@ class Architecture:
             shape = re.sub(r"\{\w+\}", "{}", skeleton.text)  # an index is one, whatever it is called
             if seen.setdefault((layer.component, shape), layer) is not layer:
                 raise PluginError(f"two layers claim {skeleton.text!r}", where=self.name)
-        for component in (*self.prefixes, *self.bare_in_memory, *(f.component for f in self.fused)):
+        named = {"prefixes": self.prefixes, "bare_in_memory": self.bare_in_memory}
+        named |= {"component_classes": self.component_classes, "fused": [f.component for f in self.fused]}
+        for component, where in ((c, where) for where, components in named.items() for c in components):
             if component not in self.components:
-                raise PluginError(f"prefixes or parts of an unknown component {component!r}", where=self.name)
+                raise PluginError(f"{where} of an unknown component {component!r}", where=self.name)
         self._validate_rules()
 
     def _validate_rules(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loratool.adapter import LowRank
+from loratool.deltas import LowRank
 from loratool.errors import MismatchError
 from loratool.tensors import joined, padded, zeros
 

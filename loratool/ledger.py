@@ -12,34 +12,34 @@ from collections.abc import Iterable, Sequence
 
 from loratool.errors import MismatchError
 from loratool.plan import Input, OutFile, TensorFile, Unit
-from loratool.tensors import Span, TensorRef
+from loratool.tensors import Inline, Span, TensorRef
 
 
 class _Places:
-    """Bytes of files as disjoint intervals, and inline bytes by identity."""
+    """Bytes as disjoint intervals: of files by their path, of what is at hand by identity."""
 
     def __init__(self, refs: Iterable[TensorRef]) -> None:
-        self.inline: set[int] = set()
-        spans: dict[str, list[tuple[int, int]]] = {}
+        found: dict[str | int, list[tuple[int, int]]] = {}
         for ref in refs:
             for piece in ref.pieces:
-                if isinstance(piece, Span):
-                    spans.setdefault(piece.path, []).append((piece.offset, piece.offset + piece.nbytes))
-                else:
-                    self.inline.add(id(piece.data))
-        self.intervals = {path: _joined(sorted(found)) for path, found in spans.items()}
+                source, start = _place(piece)
+                found.setdefault(source, []).append((start, start + piece.nbytes))
+        self.intervals = {source: _joined(sorted(each)) for source, each in found.items()}
 
     def hold(self, ref: TensorRef) -> bool:
         """Whether all bytes of a tensor are among these."""
-        return all(
-            self._holds_span(piece) if isinstance(piece, Span) else id(piece.data) in self.inline
-            for piece in ref.pieces
-        )
+        return all(self._holds(piece) for piece in ref.pieces)
 
-    def _holds_span(self, span: Span) -> bool:
-        intervals = self.intervals.get(span.path, [])
-        at = bisect_right(intervals, (span.offset, float("inf"))) - 1
-        return not span.nbytes or (at >= 0 and span.offset + span.nbytes <= intervals[at][1])
+    def _holds(self, piece: Span | Inline) -> bool:
+        source, start = _place(piece)
+        intervals = self.intervals.get(source, [])
+        at = bisect_right(intervals, (start, float("inf"))) - 1
+        return not piece.nbytes or (at >= 0 and start + piece.nbytes <= intervals[at][1])
+
+
+def _place(piece: Span | Inline) -> tuple[str | int, int]:
+    """Return what a piece lies in, and where it starts there."""
+    return (piece.path, piece.offset) if isinstance(piece, Span) else (id(piece.whole), piece.start)
 
 
 def _joined(intervals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
     model.layers.{i}.self_attn.(q_proj|k_proj)     {i} fills one whole element with an index; (a|b) is a choice
     encoder.**        *.proj                       * is one element; ** a subtree, only at the end
+    layers.{8-15}.**                               a range of indices, both ends included
     attn.c_attn[q]    experts.down_proj[{e}]       [..] is an element too: a named part of a fused weight, an expert
 
 A *rule* says that another spelling means canonical ones, `left = right` (see Rule).
@@ -23,7 +24,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from loratool.errors import UsageError
 
-_ELEMENT = re.compile(r"\{[a-z]\w*\}|\*\*?|[\w-]+|\[(?:\w+|\{[a-z]\w*\})\]")
+_ELEMENT = re.compile(r"\{[a-z]\w*\}|\{\d{1,6}-\d{1,6}\}|\*\*?|[\w-]+|\[(?:\w+|\{[a-z]\w*\})\]")
 _INDEX = re.compile("0|[1-9][0-9]{0,8}")  # int() takes 007 and other scripts' digits, and fails on thousands of them
 _DIGITS = re.compile(r"(?<![^._[])[0-9]{1,9}(?![^._\]])")  # a number that is a whole element, dotted or flattened
 T = TypeVar("T")
@@ -107,12 +108,18 @@ def _match(elements: tuple[str, ...], path: tuple[str, ...]) -> tuple[int, ...] 
         if element.startswith(("{", "[{")):
             if element[0] == "[":
                 name = name[1:-1] if name[:1] == "[" else ""  # noqa: PLW2901
-            if not _INDEX.fullmatch(name):
+            if not _INDEX.fullmatch(name) or not _in_range(element, int(name)):
                 return None
             indices.append(int(name))
         elif element not in (name, "*", "**"):
             return None
     return tuple(indices)
+
+
+def _in_range(element: str, index: int) -> bool:
+    """Whether an index is in the range of an element such as {8-15}; any index is in {i}."""
+    low, dash, high = element.strip("[]{}").partition("-")
+    return not dash or int(low) <= index <= int(high)
 
 
 def selects(pattern: str, path: str, component: str = "") -> bool:

@@ -104,6 +104,13 @@ class JsonFile(NamedTuple):
     content: Mapping[str, Any]
 
 
+class TextFile(NamedTuple):
+    """A text file of the output, such as a model card."""
+
+    name: str
+    text: str
+
+
 class CopiedFile(NamedTuple):
     """A file of the input that goes to the output byte for byte."""
 
@@ -111,7 +118,7 @@ class CopiedFile(NamedTuple):
     source: str
 
 
-OutFile: TypeAlias = TensorFile | JsonFile | CopiedFile
+OutFile: TypeAlias = TensorFile | JsonFile | TextFile | CopiedFile
 
 
 @dataclass

@@ -113,7 +113,8 @@ class Plugins:
                     n: f for (o, n), f in self._defined.items() if o == owner
                 }  # a namesake elsewhere is another family
                 try:
-                    self._families[name] = _complete(family, {n: f for n, (_, f) in declared.items()} | own)
+                    others = {n: f for n, (_, f) in declared.items()} | own
+                    self._families[name] = _complete(family, others, check=self._standing(owner) > 0)
                     self._require_clear_rules(owner, self._families[name])
                     self.owners[name] = owner
                 except LoratoolError as problem:  # such as a malformed pattern
@@ -236,9 +237,10 @@ def _way_out(owner: str) -> str:
     return f"mend or uninstall {owner}; LORATOOL_PLUGINS=a,b loads only those named"
 
 
-def _complete(family: Architecture, declared: Mapping[str, Architecture]) -> Architecture:
-    """Return a family with all that it shares with the one it is like, checked."""
-    family.validate_types()
+def _complete(family: Architecture, declared: Mapping[str, Architecture], *, check: bool) -> Architecture:
+    """Return a family with all that it shares with the one it is like; the built-in ones are checked by tests."""
+    if check:
+        family.validate_types()
     trail, parent_name = [family.name], family.like
     while family.like:
         if family.like not in declared:
@@ -250,7 +252,8 @@ def _complete(family: Architecture, declared: Mapping[str, Architecture]) -> Arc
         family = replace(family.completed(parent), like=parent.like)
     if not family.layers:
         raise PluginError("has no layers", where=family.name, hint="see docs/plugins.md")
-    family.validate()
+    if check:
+        family.validate()
     return replace(family, like=parent_name)
 
 
@@ -289,9 +292,13 @@ def load(only: str | None = None) -> Plugins:
     points = [p for p in metadata.entry_points(group=GROUP) if wanted is None or p.name in wanted]
     for missing in sorted((wanted or set()) - {p.name for p in points}):
         plugins.findings.append(Finding("warning", missing, "LORATOOL_PLUGINS names a plugin that is not installed"))
-    for point in sorted(points, key=lambda p: (p.dist.name if p.dist else "", p.name)):
-        distribution = point.dist.name if point.dist else "unknown"
-        version = point.dist.version if point.dist else ""
+    shipped: dict[int, tuple[str, str]] = {}  # a distribution parses its METADATA whenever it is asked
+    for point in points:
+        if point.dist and id(point.dist) not in shipped:
+            told = point.dist.metadata
+            shipped[id(point.dist)] = str(told["Name"]), str(told["Version"])
+    for point in sorted(points, key=lambda p: (*shipped.get(id(p.dist), ("", "")), p.name)):
+        distribution, version = shipped.get(id(point.dist), ("unknown", ""))
         try:
             plugins.register(point.load(), point.name, point.value, distribution, version)
         except (Exception, SystemExit) as error:

@@ -6,13 +6,15 @@ reference without reading. Shapes are tuples, dtypes are safetensors names, size
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
 from loratool import dtypes
+from loratool.encodings import Encoding
 from loratool.layouts import within
 
 
@@ -43,14 +45,24 @@ class Span(NamedTuple):
 
 
 class Inline(NamedTuple):
-    """Bytes at hand, such as a new alpha or a tensor out of a pickle."""
+    """Bytes at hand, such as a new alpha or a tensor of a live model: those of `whole` from `start` to `stop`."""
 
-    data: bytes
+    whole: bytes
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def data(self) -> bytes:
+        """The bytes."""
+        return self.whole[self.start : self.stop]
 
     @property
     def nbytes(self) -> int:
         """Number of bytes."""
-        return len(self.data)
+        return (len(self.whole) if self.stop is None else self.stop) - self.start
+
+    def __repr__(self) -> str:  # goes into the digests of plans: short, and the same for the same bytes
+        return f"Inline({self.nbytes} bytes, {sha256(self.data).hexdigest()})"
 
 
 class View(NamedTuple):
@@ -62,11 +74,13 @@ class View(NamedTuple):
     joined      the rows of several matrices, one after another
     woven       E matrices (rows, n) as one (rows, n x E), the matrix changing fastest: PEFT's stacked lora_B
     padded      a matrix with columns of zeros before it (as many as `ranges` says) and behind it, up to its shape
+    quantised   the values that an `encoding` gives to the stored tensors
     """
 
     kind: str
     of: tuple[TensorRef, ...]
     ranges: tuple[range, ...] = ()
+    encoding: Encoding | None = None
 
 
 @dataclass(frozen=True)
@@ -121,13 +135,16 @@ class TensorRef:
     def _taken(self, view: View, ranges: Sequence[range], shape: tuple[int, ...]) -> TensorRef:
         """Take rows of a view: from what it is of, where that spares the reading of all of it."""
         inner = view.of[0]
+        if view.encoding and prod(shape) and prod(self.shape[1:]) % view.encoding.line == 0:
+            return self._decodable(view, ranges, shape)
         if view.kind == "columns":
             return inner.take(ranges).columns(view.ranges)
         if view.kind == "transposed":
             return inner.columns(ranges).transposed()
         if view.kind == "rows":
             return inner.take(within(view.ranges, ranges))
-        if view.kind == "joined" and len(ranges) == 1 and len(ranges[0]) and ranges[0].step == 1:
+        stacked = all(part.shape[1:] == self.shape[1:] for part in view.of)
+        if view.kind == "joined" and stacked and len(ranges) == 1 and len(ranges[0]) and ranges[0].step == 1:
             start, stop = ranges[0].start, ranges[0].stop
             begins = accumulate((part.shape[0] for part in view.of[:-1]), initial=0)
             cuts = [
@@ -136,6 +153,25 @@ class TensorRef:
             ]
             return joined(self.name, [part.rows(low, high) for part, low, high in cuts if low < high])
         return TensorRef(self.name, shape, self.dtype, self.pieces, View("rows", (self,), tuple(ranges)))
+
+    def _decodable(self, view: View, ranges: Sequence[range], shape: tuple[int, ...]) -> TensorRef:
+        """Take rows of a quantised tensor: a run of rows from the stored bytes of that run alone."""
+        low, high = min(min(r) for r in ranges if r), max(max(r) for r in ranges if r) + 1
+        if any(r.step != 1 for r in ranges):  # single rows would be so many references
+            cover = self.rows(low, high)
+            within_cover = tuple(range(r.start - low, r.stop - low, r.step) for r in ranges)
+            return TensorRef(self.name, shape, self.dtype, cover.pieces, View("rows", (cover,), within_cover))
+        parts = [part for r in ranges for part in self._run(view, r)]
+        return replace(parts[0] if len(parts) == 1 else joined(self.name, parts), shape=shape)
+
+    def _run(self, view: View, rows: range) -> Iterator[TensorRef]:
+        """Cut a run of rows out of a quantised tensor, as parts that hold one line of the encoding a row."""
+        assert view.encoding
+        line = view.encoding.line
+        lines = prod(self.shape[1:]) // line
+        for cut in view.encoding.cuts(rows.start * lines, rows.stop * lines):
+            of = [ref if r is None else ref.rows(r.start, r.stop) for ref, r in zip(view.of, cut.rows, strict=True)]
+            yield quantised(self.name, (cut.lines, line), self.dtype, of, cut.encoding)
 
     def item(self, index: int) -> TensorRef:
         """Return one slab of the first axis, which goes: expert `index` of a stack."""
@@ -184,7 +220,7 @@ def _cut(pieces: tuple[Span | Inline, ...], start: int, stop: int) -> tuple[Span
             if isinstance(piece, Span):
                 out.append(Span(piece.path, piece.offset + low, high - low))
             else:
-                out.append(Inline(piece.data[low:high]))
+                out.append(Inline(piece.whole, piece.start + low, piece.start + high))
         at += piece.nbytes
     return tuple(out)
 
@@ -210,6 +246,14 @@ def padded(ref: TensorRef, columns: int, before: int = 0) -> TensorRef:
         return ref
     view = View("padded", (ref,), (range(before),))
     return TensorRef(ref.name, (ref.shape[0], columns), ref.dtype, ref.pieces, view)
+
+
+def quantised(
+    name: str, shape: tuple[int, ...], dtype: str, stored: Sequence[TensorRef], encoding: Encoding
+) -> TensorRef:
+    """Return the tensor that an encoding makes of stored ones, in the order in which the encoding names them."""
+    pieces = tuple(p for r in stored for p in r.pieces)
+    return TensorRef(name, shape, dtype, pieces, View("quantised", tuple(stored), encoding=encoding))
 
 
 def zeros(name: str, shape: tuple[int, ...], dtype: str) -> TensorRef:

@@ -7,14 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ("errors", "dtypes", "patterns", "expressions", "layouts", "strictjson"),
-    ("tensors", "adapter", "factors", "layers", "architecture", "plan", "hookspecs", "ledger"),
+    ("errors", "dtypes", "patterns", "expressions", "layouts", "strictjson", "fieldtypes"),
+    ("encodings", "tensors", "deltas", "adapter", "factors", "layers", "architecture", "plan", "hookspecs", "ledger"),
     ("algebra",),
     ("formats", "storage"),
     ("operations", "engine"),
     ("plugins", "discovery"),
-    ("detection", "testing"),
-    ("api",),
+    ("detection", "testing", "logits"),
+    ("api", "live"),
     ("demo",),
     ("cli",),
     ("__main__",),

@@ -91,20 +91,38 @@ def factors(seed: int = 1, rank: int = 4, shapes: dict[str, tuple[int, int]] | N
 
 def peft_config(**changes: Any) -> dict[str, Any]:
     """A config with `changes`; a change to None leaves the field out."""
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "down_proj"]}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": sorted(SHAPES)}
     return {k: v for k, v in {**config, **changes}.items() if v is not None}
 
 
 def write_adapter(folder: Path, tensors: dict[str, Any] | None = None, **config: Any) -> Path:
+    """A folder as PEFT writes it; its config names the modules that it has, if `config` says nothing else."""
     folder.mkdir(parents=True)
-    save_file(factors() if tensors is None else tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    write_json(folder / "adapter_config.json", peft_config(**config))
+    tensors = factors() if tensors is None else tensors
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    write_json(folder / "adapter_config.json", peft_config(**{"target_modules": sorted(modules), **config}))
     return folder
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file under a folder, with its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def refusal(base: Path, adapters: list[Any], out: Path, **options: Any) -> str:
+    """What merge says when it refuses: with exit code 3, with every file as it was, and nothing new beside them."""
+    import loratool
+
+    before, folders = snapshot(out.parent), {p for p in out.parent.rglob("*") if p.is_dir()}
+    try:
+        loratool.merge(base, adapters, out, **options)
+    except loratool.errors.LoratoolError as error:
+        assert (type(error).exit_code, error.exit_code) == (3, 3), error
+        assert snapshot(out.parent) == before
+        assert {p for p in out.parent.rglob("*") if p.is_dir()} == folders
+        return f"{error}\n{error.hint}"
+    raise AssertionError("it was merged")
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -1,142 +1,216 @@
-"""Truncated SVD of a delta that is dense: the update that a full fine-tune made.
+"""Truncated SVD of a delta that is dense: the update that a full fine-tune made. And how good it is.
 
-Randomised subspace iteration (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithm 4.4): a random block of
-l = 1.5 r columns is pushed q = 2 times through D D^T, so that it turns into the leading left subspace; a small SVD of
-Q^T D then finishes. Six passes over D; the residual is within 1 % of the optimum on every spectrum measured
-(docs/performance.md). The matrix is only ever multiplied, so it may be streamed in panels.
+A block Krylov basis (loratool.algebra.krylov) grows until it holds a rank that satisfies the caller and its excess
+over the best possible error is estimated to be small. Where the basis would come near min(m, n), the eigenvectors of
+the smaller Gram in fp64 are cheaper, and exact.
 
-Where l would come near min(m, n) the eigenvectors of the smaller Gram in fp64 are cheaper, and exact.
+The residual is exact, and free: the kept part is Q_k Q_k^T D, so |D|^2 = kept^2 + residual^2. Where that difference
+loses its digits the residual is measured.
+
+The excess can only be estimated. Let c_j be the energy that rank k captures at check j of the growing basis, and
+g_j = c_j - c_(j-1) the last gain. On every spectrum measured the gains shrink by a ratio that stays put (flat spectra,
+noise) or falls (decaying ones), so what is still missing is the geometric series g_j rho / (1 - rho), where
+rho = g_j / g_(j-1). rho is taken to be at least 2^-sqrt(b / k) for blocks of b <= k columns, the ratio of flat
+spectra, as before a jump of the spectrum is resolved the gains shrink faster than after; and the sum is doubled for
+safety. So the estimate is never below twice the last gain. Tests compare it with the true excess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import pairwise
+from math import inf, sqrt
+from typing import NamedTuple
 
 import torch
 
+from loratool.algebra.krylov import Basis, from_one_side, orthonormal
 from loratool.algebra.lowrank import Factored, fix_signs
+from loratool.algebra.panels import Panels
 
-_TILE = 1 << 20  # elements of a residual that are formed at once
+__all__ = ["QUALITIES", "Panels", "Truncation", "orthonormal", "squared_error", "truncate", "truncated"]
+
+QUALITIES = {"fast": 0.02, "balanced": 0.005, "exact": 0.0}  # the largest estimated excess to stop at
+SAFETY = 2.0
+_DIGITS = 1e-8  # of the total energy: what sums of products in fp32 resolve
+_NOTHING = 5e-7  # of sigma_1: singular values below it are rounding of fp32 products
+_BLOCK = 64  # columns a pass: fewer run below the speed of the machine, more need more passes
+
+# From the singular values known so far (descending, fp64) and the squared energy of those that are not (None: there
+# are no others) to a rank; more than len(sigma) says that not enough is known. The rules of algebra.rank are such.
+Choose = Callable[[torch.Tensor, float | None], int]
 
 
-class Panels:
-    """A matrix D (m, n) that is multiplied panel by panel, so that it may be streamed from disk.
+class Truncation(NamedTuple):
+    """A truncated SVD of D and how good it is; errors are Frobenius norms.
 
-    `panels()` yields (start, stop, rows start to stop) in fp32, anew for every product; `stored` is the shape of what
-    they add up to. With `transposed`, D is the transpose of that.
+    `factors` has the rank that was chosen; `total` is |D|^2 and `residual` the squared error that is left. The best
+    possible error is at least sqrt(residual) / (1 + excess): estimated, and 0 where the factors are the optimum.
+    `sigma` holds every singular value that is known, at least those kept, descending.
     """
 
-    def __init__(
-        self,
-        panels: Callable[[], Iterable[tuple[int, int, torch.Tensor]]],
-        stored: tuple[int, int],
-        *,
-        transposed: bool = False,
-    ) -> None:
-        self.panels, self.stored, self.transposed = panels, stored, transposed
-        self.shape = stored[::-1] if transposed else stored
-
-    @classmethod
-    def of(cls, D: torch.Tensor) -> Panels:
-        """Return a matrix in memory, as one panel."""
-        return cls(lambda: [(0, D.shape[0], D)], (D.shape[0], D.shape[1]))
-
-    def times(self, X: torch.Tensor) -> torch.Tensor:
-        """D @ X, (m, n) by (n, l)."""
-        return self._down(X) if self.transposed else self._across(X)
-
-    def transposed_times(self, Y: torch.Tensor) -> torch.Tensor:
-        """D^T @ Y, (n, m) by (m, l)."""
-        return self._across(Y) if self.transposed else self._down(Y)
-
-    def gram(self) -> tuple[torch.Tensor, bool]:
-        """Return the smaller Gram in fp64: D D^T (and True), or D^T D (and False)."""
-        if self.stored[1] <= self.stored[0]:
-            step = max(64, _TILE // self.stored[1])
-            chunks = (chunk.double() for _, _, panel in self.panels() for chunk in torch.split(panel, step))
-            return sum_of(chunk.T @ chunk for chunk in chunks), self.transposed
-        rows = [[one.double() @ two.double().T for _, _, two in self.panels()] for _, _, one in self.panels()]
-        return torch.cat([torch.cat(row, dim=1) for row in rows]), not self.transposed
-
-    def squared_norm(self) -> float:
-        """Return the squared Frobenius norm, accumulated in fp64."""
-        return sum(float(torch.linalg.vector_norm(p, dtype=torch.float64)) ** 2 for _, _, p in self.panels())
-
-    def residual(self, up: torch.Tensor, down: torch.Tensor) -> float:
-        """Return the squared Frobenius norm of D - up @ down, measured: one pass, in the precision of the factors."""
-        left, right = (down.T, up.T) if self.transposed else (up, down)
-        step = max(64, _TILE // self.stored[1])  # a product in fp64 of the whole panel would be twice its size
-        total = 0.0
-        for start, stop, panel in self.panels():
-            for low in range(start, stop, step):
-                high = min(low + step, stop)
-                rows = panel[low - start : high - start].to(left.dtype)
-                total += float((rows - left[low:high] @ right).square().sum())
-        return total
-
-    def _across(self, X: torch.Tensor) -> torch.Tensor:
-        parts = [panel @ X.to(panel) for _, _, panel in self.panels()]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _down(self, Y: torch.Tensor) -> torch.Tensor:
-        return sum_of(panel.T @ Y[start:stop].to(panel) for start, stop, panel in self.panels())
+    factors: Factored
+    total: float
+    residual: float
+    excess: float
+    sigma: torch.Tensor
 
 
-def sum_of(terms: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the sum of equally shaped tensors, accumulated in the first."""
-    total: torch.Tensor | None = None
-    for term in terms:
-        total = term if total is None else total.add_(term)
-    assert total is not None
-    return total
+def truncate(
+    D: Panels,
+    choose: Choose | int,
+    seed: int,
+    *,
+    quality: str = "balanced",
+    cap: int | None = None,
+    total: float | None = None,
+) -> Truncation:
+    """Return the SVD of D (m, n), truncated at the rank that `choose` finds, or is, and at `cap` at the latest.
+
+    The rank is less where D has no more. `total` is |D|^2 if known: it saves a pass. The seed makes the result
+    the same in every run; the device is that of D's panels. Rules that need the whole spectrum want "exact".
+    """
+    total = D.squared_norm() if total is None else total
+    limit = min(*D.shape, cap or min(D.shape))
+    if isinstance(choose, int):
+        rank = min(choose, limit)
+        return _truncate(_Task(D, lambda *_: rank, rank, seed, total), quality, start=2 * rank)
+    return _truncate(_Task(D, choose, limit, seed, total), quality, start=0)
 
 
-def truncated(D: Panels, rank: int, seed: int) -> Factored:
+def truncated(D: Panels, rank: int, seed: int, *, quality: str = "fast") -> Factored:
     """Return the leading `rank` singular triplets of D (m, n), in fp64 around fp32 products.
 
-    `rank` is capped at min(m, n). The seed makes the result the same in every run; device: that of the products.
+    `rank` is capped at min(m, n); triplets that D has not have sigma 0.
     """
-    m, n = D.shape
-    rank = min(rank, m, n)
-    block = rank + rank // 2 + 8
-    if 3 * block >= min(m, n):
-        return _by_gram(D, rank)
-    generator = torch.Generator().manual_seed(seed)
-    Y = D.times(torch.randn(n, block, generator=generator))  # (m, l)
-    for _ in range(2):
-        Z = D.transposed_times(orthonormal(Y))  # (n, l)
-        Y = D.times(orthonormal(Z))
-    Q = orthonormal(orthonormal(Y))  # twice: orthonormal to working precision whatever the spectrum
-    B = D.transposed_times(Q).double().T  # (l, n) = Q^T D
-    U, S, Vh = _thin_svd(B)
-    return fix_signs(Q.double() @ U[:, :rank], S[:rank], Vh[:rank])
+    rank = min(rank, *D.shape)
+    return _padded(truncate(D, rank, seed, quality=quality).factors, rank)
 
 
-def orthonormal(Y: torch.Tensor) -> torch.Tensor:
-    """Return an orthonormal basis (m, l) of the columns of Y: Cholesky QR in fp64, Householder where that fails."""
-    wide = Y.double()
-    L, info = torch.linalg.cholesky_ex(wide.T @ wide)
-    if int(info) or float(L.diagonal().min()) < 1e-6 * float(L.diagonal().max()):
-        Q: torch.Tensor = torch.linalg.qr(wide)[0]
-    else:
-        Q = torch.linalg.solve_triangular(L.T, wide, upper=True, left=False)
-    return Q.to(Y.dtype)
+def squared_error(D: Panels, up: torch.Tensor, down: torch.Tensor, total: float) -> float:
+    """Return |D - up @ down|^2 of any factors (m, k) and (k, n), by one pass: |D|^2 - 2 <D, M> + |M|^2.
+
+    Where that loses its digits the difference is formed and measured, which takes longer.
+    """
+    up, down = up.double(), down.double()
+    cross = float((D.transposed_times(up).double() * down.T).sum())
+    own = float(((up.T @ up) * (down @ down.T)).sum())
+    error = total - 2 * cross + own
+    return error if error > 1e-5 * total else _measured(D, up, down, total)
 
 
-def _by_gram(D: Panels, rank: int) -> Factored:
-    gram, rows = D.gram()
-    _, vectors = torch.linalg.eigh(gram)
-    basis = vectors.flip(1)[:, :rank]  # (min(m, n), rank), descending
-    other = D.transposed_times(basis) if rows else D.times(basis)  # the other side, times sigma
-    Q, R = torch.linalg.qr(other.double())
-    U, S, Vh = torch.linalg.svd(R)  # R is diagonal but for rounding; this orders and cleans it
-    if rows:
-        return fix_signs(basis @ Vh.T, S, (Q @ U).T)
-    return fix_signs(Q @ U, S, (basis @ Vh.T).T)
+class _Task(NamedTuple):
+    """What is to be factorised, and how far."""
+
+    D: Panels
+    choose: Choose
+    cap: int
+    seed: int
+    total: float
 
 
-def _thin_svd(B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """SVD of a wide block (l, n) through the QR of its transpose: the SVD itself is l x l."""
-    Q, R = torch.linalg.qr(B.T)  # (n, l), (l, l)
-    U, S, Vh = torch.linalg.svd(R.T)
-    return U, S, Vh @ Q.T
+def _truncate(task: _Task, quality: str, start: int) -> Truncation:
+    """Grow a basis until its rank and its excess are good enough; give way to the Gram where that is cheaper.
+
+    `start` is the size of the basis before which no check can succeed; half the rank, where that is known.
+    """
+    D, choose, cap, seed, total = task
+    smaller = min(D.shape)
+    if total == 0:
+        return Truncation(_nothing(D), 0.0, 0.0, 0.0, torch.zeros(1, dtype=torch.float64))
+    if quality == "exact" or 4 * (max(start // 2, 16) + 48) >= smaller:  # measured: where the costs cross
+        return _by_gram(task)
+    basis = Basis(D, min(max(cap, _BLOCK // 2), _BLOCK), seed)
+    history: list[torch.Tensor] = []  # at each check, the energies that rank 1, 2, ... captures
+    while basis.grow():
+        if basis.size < max(start, 9 / 8 * len(history[-1]) if history else 0):  # a check costs d^3
+            continue
+        sigma = basis.squares().sqrt()
+        history.append(sigma.square().cumsum(0))
+        rank = min(choose(sigma, _beyond(sigma, total)), cap)
+        excess = _excess(history, rank, total)
+        if excess <= QUALITIES[quality]:
+            return _finished(task, basis, rank, excess)
+        if basis.size > 0.6 * smaller:
+            return _by_gram(task)
+    sigma = basis.squares().sqrt()  # of all that D has, above its own rounding
+    return _finished(task, basis, min(choose(sigma, _beyond(sigma, total)), cap), 0.0)
+
+
+def _beyond(sigma: torch.Tensor, total: float) -> float:
+    """Return the squared energy that is not in sigma; what the digits of the difference cannot exclude counts."""
+    return max(total - float(sigma.square().sum()), _DIGITS * total)
+
+
+def _excess(history: list[torch.Tensor], rank: int, total: float) -> float:
+    """Estimate the excess of rank `rank` over the optimum from the gains of the last checks; inf where too few."""
+    if len(history) < 2 or len(history[-2]) < rank:
+        return inf
+    captured = [float(c[rank - 1]) for c in history[-3:] if len(c) >= rank]
+    gains = [two - one for one, two in pairwise(captured)]
+    if gains[-1] <= _DIGITS * total:
+        return 0.0
+    block = len(history[-1]) - len(history[-2])
+    ratio = 0.5 ** sqrt(min(block / rank, 1))
+    # the first gain of a basis no larger than the rank says nothing about the later ones
+    if len(gains) == 2 and len(history[-3]) >= rank + block and gains[0] > 0:
+        ratio = min(max(gains[1] / gains[0], ratio), 0.95)
+    missing = SAFETY * gains[-1] * ratio / (1 - ratio)
+    residual = total - captured[-1]
+    return sqrt(residual / (residual - missing)) - 1 if missing < residual else inf
+
+
+def _finished(task: _Task, basis: Basis, rank: int, excess: float) -> Truncation:
+    sigma = basis.squares().sqrt()
+    factors = basis.triplets(_substantial(sigma, rank))
+    return Truncation(factors, task.total, _residual(task, factors), excess, sigma)
+
+
+def _by_gram(task: _Task) -> Truncation:
+    """Return the optimum, from the eigenvectors of the smaller Gram in fp64."""
+    gram, rows = task.D.gram()
+    squares, vectors = torch.linalg.eigh(gram.cpu() if len(gram) <= 1024 else gram)
+    sigma = squares.flip(0).clamp_min(0).sqrt().cpu()
+    rank = _substantial(sigma, min(task.choose(sigma, None), task.cap))
+    basis = vectors.flip(1)[:, :rank].to(gram.device)  # (min(m, n), rank)
+    tall = (task.D.transposed_times(basis) if rows else task.D.times(basis)).double()  # the other side, times sigma
+    factors = from_one_side(basis, tall, flipped=not rows)
+    return Truncation(factors, task.total, _residual(task, factors), 0.0, sigma)
+
+
+def _substantial(sigma: torch.Tensor, rank: int) -> int:
+    return max(1, min(rank, int((sigma > _NOTHING * sigma[0]).sum())))
+
+
+def _residual(task: _Task, factors: Factored) -> float:
+    """Return the squared error: what was not captured, or measured where few digits of that difference are left."""
+    D, _, _, _, total = task
+    residual = total - float(factors.sigma.square().sum())
+    return residual if residual > 1e-5 * total else _measured(D, *factors.balanced(len(factors.sigma)), total)
+
+
+def _measured(D: Panels, up: torch.Tensor, down: torch.Tensor, total: float) -> float:
+    """Form D - up @ down and return its squared norm; in fp64 only where fp32 would show its own rounding."""
+    residual = D.residual(up.float(), down.float())
+    return residual if residual > 1e-9 * total else D.residual(up, down)
+
+
+def _nothing(D: Panels) -> Factored:
+    """A triplet of a matrix of zeros."""
+    (m, n), one = D.shape, torch.ones(1, dtype=torch.float64)
+    return Factored(torch.eye(m, 1, dtype=torch.float64), 0 * one, torch.eye(1, n, dtype=torch.float64))
+
+
+def _padded(factors: Factored, rank: int) -> Factored:
+    """Return `rank` triplets: those that are missing have sigma 0 and any directions that complete the bases."""
+    k = len(factors.sigma)
+    if k == rank:
+        return factors
+    generator = torch.Generator().manual_seed(0)
+
+    def complete(side: torch.Tensor) -> torch.Tensor:  # (m, k) -> (m, rank)
+        more = torch.randn(len(side), rank - k, generator=generator, dtype=side.dtype).to(side.device)
+        return torch.cat([side, torch.linalg.qr(torch.cat([side, more], dim=1))[0][:, k:]], dim=1)
+
+    sigma = torch.cat([factors.sigma, factors.sigma.new_zeros(rank - k)])
+    return fix_signs(complete(factors.left), sigma, complete(factors.right.T).T)

@@ -64,7 +64,8 @@ def checked(what: str, arch: str, *, strict: bool) -> Report:
     """Return what is wrong with a family, alone or with a model at hand, as error findings."""
     architecture = subjects.family(what)
     if architecture is not None:
-        report = Report("arch check", {"family": what}, totals={"family": architecture.name})
+        totals = {"family": architecture.name}
+        report = Report("arch check", {"family": what}, totals=totals, findings=_with_plugins(()))
         found = testing.problems(architecture, {})
     else:
         subjects.require_path(what)
@@ -89,7 +90,7 @@ def selected(path: str, arch: str, preset: str) -> tuple[Survey, list[Finding]]:
         others = ", ".join(p for p in operation.PRESETS if model.survey.selected(p))
         hint = f"there is --preset {others}" if others else "see loratool arch show"
         raise MismatchError(f"this model has no layer of the preset {preset}", where=path, hint=hint)
-    return model.survey, [*model.family.findings, *for_peft.shared(model.survey, preset)]
+    return model.survey, _with_plugins([*model.family.findings, *for_peft.shared(model.survey, preset)])
 
 
 def _with_plugins(findings: Sequence[Finding]) -> list[Finding]:

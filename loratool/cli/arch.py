@@ -69,9 +69,11 @@ def show(what: str, ranks: tuple[int, ...], arch: str, as_json: bool) -> None:
     """
     from loratool.cli import answers, subjects
     from loratool.operations.survey import brief, family_layers
+    from loratool.plugins import installed
 
     family = subjects.family(what)
     if family is not None:
+        render.findings(installed().findings)
         if family.name != what:
             render.note(f"{what} is a model_type of the {family.name} family")
         rows = family_layers(family)

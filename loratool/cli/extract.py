@@ -33,6 +33,7 @@ Examples:
 )
 @options.selecting
 @options.arch
+@options.allow_pickle
 @options.running
 def command(tuned: str, base: str, **settings: Any) -> Report:
     """Extract the low-rank difference of a fine-tuned model and its base as an adapter.

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from loratool import __version__
+from loratool.adapter import Finding
 from loratool.cli import options, render
 from loratool.errors import LoratoolError, StorageError
 
@@ -93,6 +94,12 @@ def _stopped(ending: SystemExit) -> int:
     return 141  # click and rich exit with 1 when the reader has seen enough
 
 
+def _of_plugins() -> list[Finding]:
+    """Return what is wrong with the plugins that were loaded: a family that is missed may be in one left out."""
+    plugins = sys.modules.get("loratool.plugins")
+    return list(plugins.installed().findings) if plugins and plugins.installed.cache_info().currsize else []
+
+
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
         result = cli.main(arguments, prog_name="loratool", standalone_mode=False)
@@ -100,6 +107,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except LoratoolError as error:
         if debug:
             render.trace()
+        render.findings(_of_plugins())
         return render.error(error)
     except click.ClickException as error:
         error.show()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from loratool.cli import options, render
+from loratool.cli import adapter_config_file, options, render
 from loratool.errors import UsageError
 from loratool.plan import Report
 from loratool.storage import checkpoint
@@ -23,22 +24,65 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.argument("sources", nargs=-1, required=True, metavar="[BASE] ADAPTER...")
 @click.option("-w", "--weight", type=float, multiple=True, metavar="W", help="One for each adapter; or ADAPTER:W.")
+@click.option(
+    "--scale", multiple=True, metavar="PATTERN=W", help="A further weight for some modules: 'layers.{0-7}.**=0.5'."
+)
+@click.option("--adapter-config", metavar="FILE", help="Adapters with weights and modules of their own, as JSON.")
+@click.option("--init-adapter", default="", metavar="PATH", help="What a PiSSA, OLoRA ... adapter started from.")
 @options.writing
 @options.dtype("keep")
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(("float32", "float64")),
+    default="float32",
+    show_default=True,
+    help="Of the sums; there is one rounding, to the output's dtype.",
+)
+@click.option(
+    "--base-as-trained",
+    type=click.Choice(("nf4", "nf4-double")),
+    default=None,
+    help="For QLoRA: merge into dequant(quant(W)), which the adapter was trained on (-double: double quantisation).",
+)
 @options.selecting
 @click.option("--allow-noop", is_flag=True, help="Write the model even where the adapters change nothing.")
+@click.option("--verify", is_flag=True, help="Compute samples of the output anew, in fp64; compare logits.")
 @options.reading
 @options.running
-def command(sources: tuple[str, ...], weight: tuple[float, ...], **settings: Any) -> Report:
+def command(
+    sources: tuple[str, ...],
+    weight: tuple[float, ...],
+    scale: tuple[str, ...],
+    adapter_config: str | None,
+    **settings: Any,
+) -> Report:
     """Merge adapters into the weights of a base model, streaming: any size, in bounded memory.
 
     Every touched weight is W + sum of weight * scaling * up @ down, in fp32, rounded once. Everything else is copied
     byte for byte, with config, tokenizer and licence.
+
+    An --adapter-config is {"adapters": [{"path": PATH, "weight": 0.7, "target": [...], "exclude": [...], "scales":
+    {PATTERN: 0.5}, "init_adapter": PATH}, ...]}, where only the paths are needed; they are as seen from that file.
     """
     from loratool import api
 
+    settings["base_as_trained"] = settings["base_as_trained"] or ""
+    settings["scales"] = dict(_scale(text) for text in scale)
+    if adapter_config:
+        if len(sources) != 1 or weight:
+            hint = f"loratool merge BASE --adapter-config {adapter_config} -o {settings['out']}"
+            raise UsageError("with --adapter-config, adapters and their weights stand in that file", hint=hint)
+        return api.merge(sources[0], adapter_config_file.read(Path(adapter_config)), **settings)
     base, adapters, weights = _understand(sources, weight, settings["out"], settings)
     return api.merge(base, adapters, weights=weights, **settings)
+
+
+def _scale(text: str) -> tuple[str, float]:
+    pattern, _, number = text.rpartition("=")
+    try:
+        return pattern, float(number)
+    except ValueError:
+        raise UsageError(f"{text!r} is no PATTERN=W", hint="--scale 'layers.{0-7}.**=0.5'") from None
 
 
 def _understand(
@@ -51,7 +95,7 @@ def _understand(
         if colon and not checkpoint.exists(path) and checkpoint.exists(before):
             raise UsageError(f"{suffix!r} is not a weight", where=source, hint=f"{before}:0.7")
     paths = [path for path, _ in parts]
-    adapters = [_is_adapter(p) for p in paths]
+    adapters = [_is_adapter(p, allow_pickle=settings["allow_pickle"]) for p in paths]
     if len(paths) == 1 and not adapters[0]:
         raise UsageError(
             f"{paths[0]} is a base model: which adapter?", hint=f"loratool merge {paths[0]} ADAPTER -o {out}"
@@ -76,16 +120,18 @@ def _understand(
     return paths[0], paths[1:], list(given) or [1.0 if w is None else w for w in inline]
 
 
-def _is_adapter(path: str) -> bool:
-    """Whether a source is an adapter rather than a model."""
+def _is_adapter(path: str, *, allow_pickle: bool) -> bool:
+    """Whether a source is an adapter rather than a model. A pickle that may not be opened is what it is called."""
     from loratool.plugins import installed
 
     if checkpoint.is_adapter_folder(path):
         return True
     if not path.endswith((".safetensors", ".bin")):
         return False
-    source = checkpoint.open_adapter(path, allow_pickle=True) if path.endswith(".safetensors") else None
-    return source is None or any(f.detect(source) for f in installed().formats())
+    if path.endswith(".bin") and not allow_pickle:
+        return not Path(path).name.startswith("pytorch_model")
+    source = checkpoint.open_adapter(path, allow_pickle=allow_pickle)
+    return any(f.detect(source) for f in installed().formats())
 
 
 def _named_base(adapter: str, settings: dict[str, Any]) -> str:

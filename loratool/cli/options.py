@@ -12,6 +12,7 @@ import click
 
 from loratool.dtypes import OUTPUT_DTYPES
 from loratool.engine import Resources
+from loratool.errors import InputError
 from loratool.storage import checkpoint
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -108,7 +109,7 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what every verb that runs units takes, and pass it on as `resources` and `progress`; show the Report."""
 
     @wraps(command)
-    def run(*args: Any, device: str, workers: int, memory: int, **kwargs: Any) -> None:
+    def run(*args: Any, device: str, workers: int, memory: int, **kwargs: Any) -> int:
         from loratool.cli import render
 
         style = {name: kwargs.pop(name) for name in ("as_json", "report", "quiet", "verbose", "debug")}
@@ -119,6 +120,9 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
         render.report(
             report, as_json=style["as_json"], file=style["report"], quiet=style["quiet"], verbose=style["verbose"]
         )
+        checked = report.verb == "inspect" and (kwargs["check"] or kwargs["base"])
+        failed = checked and any(f.level == "error" for f in report.findings)
+        return InputError.exit_code if failed else 0
 
     return stack(device, workers, memory, plugin, _json, _report, _quiet, _verbose, _debug)(run)
 

@@ -170,7 +170,9 @@ def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None
     """
     if not rows:
         return
-    rows = sorted(rows, key=lambda row: "unchanged" in row)  # what changed comes first
+    rows = sorted(
+        rows, key=lambda row: ("defects" not in row, "unchanged" in row)
+    )  # these come first, what changed too
     names = [n for n in dict.fromkeys(name for row in rows[:limit] for name in row) if n not in _UNSHOWN]
     names = [n for n in names if any(row.get(n) not in ("", None) for row in rows[:limit])]
     left_out: list[str] = []
@@ -192,7 +194,7 @@ def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None
 
 def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join modules that differ only in the numbers in their names, such as the layer; measured ones stay apart."""
-    if any("sigma" in row for row in rows):
+    if any("norm" in row for row in rows):
         return [{n: v for n, v in row.items() if n not in ("group", "role", "alpha", "down", "up")} for row in rows]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -236,7 +238,7 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{clean(k, 60)}={clean(v, 60)}" for k, v in list(value.items())[:6])
     if isinstance(value, float):
-        if name in ("retained", "left_out"):
+        if name in ("retained", "left_out", "rounding"):
             return f"{100 * value:.4g} %"
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else clean(value)

@@ -106,17 +106,19 @@ def kind_of(config: Mapping[str, Any]) -> str:
 
 def candidates(opened: TensorSource, chosen: Architecture | None) -> list[dict[str, Any]]:
     """Return a row for each family that a model's config names or that knows all its weights."""
-    from loratool.detection import fits, matrices, taken
+    from loratool.detection import fits, matrices, named_by, taken
 
     weights = matrices(opened.tensors)
+    named_by_config, _ = named_by(opened.config or {}, installed())
     rows = []
     for one in installed().architectures():
-        named = one.match.fits(opened.config or {})
+        named = one in named_by_config
         knows = bool(weights) and fits(one, weights)
-        if named or knows or one is chosen:
+        mine = chosen is not None and one.name == chosen.name
+        if named or knows or mine:
             alike = chosen is not None and all(taken(one.find(p)) == taken(chosen.find(p)) for p in weights)
             row = {"family": one.name, "named_by_config": named, "knows_every_weight": knows}
-            rows.append({**row, **({"reads_them_alike": alike} if chosen else {}), "chosen": one is chosen})
+            rows.append({**row, **({"reads_them_alike": alike} if chosen else {}), "chosen": mine})
     return sorted(rows, key=lambda row: not row["chosen"])
 
 

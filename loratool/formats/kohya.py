@@ -8,11 +8,12 @@ Source: sd-scripts, networks/lora.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Origin, Target
 from loratool.architecture import Architecture
+from loratool.deltas import LowRank
 from loratool.errors import MismatchError
 from loratool.formats.naming import Parts, build, error, lasting, resolve
 from loratool.hookspecs import Written
@@ -76,8 +77,9 @@ class Kohya:
                 where=adapter.origin.path,
                 hint="loratool arch lists the families; choose with --arch, or add one with -p",
             )
-        nameless = [t for t in adapter.deltas if "[" in t.path]
-        every = [(t, delta) for t, deltas in adapter.deltas.items() if t not in nameless for delta in deltas]
+        plain = adapter.low_rank(self.name)
+        nameless = [t for t in plain if "[" in t.path]
+        every = [(t, delta) for t, deltas in plain.items() if t not in nameless for delta in deltas]
         # An absent alpha means alpha = rank to every reader. diffusers (0.42) applies the commonest alpha of a file to
         # all of it, so where alphas would differ only because ranks do, leaving them out is what survives everywhere.
         differ = len({delta.alpha for _, delta in every}) > 1
@@ -98,7 +100,7 @@ class Kohya:
             notes.append("modules have different alphas, which diffusers ignores: `loratool resize` folds them in")
         if not any(prefix.startswith("lora_unet") for prefix in architecture.kohya_prefixes.values()):
             notes.append(f"no known tool loads a kohya file for {architecture.name}: loratool alone reads it back")
-        metadata = _metadata(adapter)
+        metadata = _metadata(adapter, [delta for _, delta in every])
         return Written((TensorFile.new(options["file"], tensors, metadata),), tuple(losses), tuple(notes))
 
 
@@ -151,12 +153,12 @@ def _best(
     return family, best[1], [error(m, what, hint) for m in modules if m not in best[1]]
 
 
-def _metadata(adapter: Adapter) -> dict[str, str]:
+def _metadata(adapter: Adapter, deltas: Sequence[LowRank]) -> dict[str, str]:
     """Training metadata as it came, with dim and alpha brought up to date."""
     metadata = lasting(adapter.metadata)
     for field, values in (
-        ("ss_network_dim", {str(d.rank) for ds in adapter.deltas.values() for d in ds}),
-        ("ss_network_alpha", {f"{d.alpha:g}" for ds in adapter.deltas.values() for d in ds}),
+        ("ss_network_dim", {str(d.rank) for d in deltas}),
+        ("ss_network_alpha", {f"{d.alpha:g}" for d in deltas}),
     ):
         metadata[field] = values.pop() if len(values) == 1 else "Dynamic"
     metadata.setdefault("ss_network_module", "networks.lora")

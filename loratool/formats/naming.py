@@ -6,12 +6,13 @@ A format groups its tensors into `Parts` by module; `build` turns them into delt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from loratool import dtypes
-from loratool.adapter import Delta, Finding, LowRank, Target
+from loratool.adapter import Finding, Target
 from loratool.architecture import Architecture, Known, plainest
+from loratool.deltas import Delta, LowRank
 from loratool.errors import AmbiguityError
 from loratool.patterns import outline
 from loratool.tensors import TensorRef
@@ -19,11 +20,12 @@ from loratool.tensors import TensorRef
 
 @dataclass
 class Parts:
-    """The tensors found for one module of the file."""
+    """The tensors found for one module of the file; `others` by the format's names of the parts."""
 
     down: TensorRef | None = None
     up: TensorRef | None = None
     embedding: bool = False
+    others: dict[str, TensorRef] = field(default_factory=dict)
 
     def missing(self, down: str, up: str) -> str:
         """Return the format's name of the half that is absent, or nothing."""
@@ -61,6 +63,11 @@ def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 Scaling = Callable[[str, int], float]
+
+
+def add(deltas: dict[Target, tuple[Delta, ...]], target: Target, delta: Delta) -> None:
+    """Add a delta to what a target has already."""
+    deltas[target] = (*deltas.get(target, ()), delta)
 
 
 def build(

@@ -24,30 +24,40 @@ from loratool.tensors import TensorSource
 #: pipeline's save_lora_weights puts the component before every field and tensor (`unet.r`). Loading a pipeline, or a
 #: model with a prefix, diffusers reads only what has that prefix; load_lora_adapter(prefix=None) reads bare fields.
 EMBEDDED = "lora_adapter_metadata"
-# Config fields that change the mathematics when they are set; refused by name until they are carried.
-_UNSUPPORTED = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "kasa_config",
-    "arrow_config",
-    "alora_invocation_tokens",
-    "trainable_token_indices",
-    "layer_replication",
-    "modules_to_save",
-    "lora_bias",
-    "megatron_config",
-)
+# Config fields that are refused when they are set, and why.
+_REASONS = {
+    "use_qalora": "QA-LoRA pools groups of inputs: its update is for a GPTQ model and has no dense weight to go into",
+    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts only after its invocation tokens: no weight can do that",
+    "arrow_config": "arrow routes every token to other adapters: no weight can do that",
+    "kasa_config": "KaSA truncates the base before it adds to it, which is not supported yet",
+    "use_bdlora": "block-diagonal LoRA is not supported yet",
+    "coft": "constrained OFT projects its blocks while it merges, which is not supported yet",
+}
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
     "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern",
     "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora", "velora_config",
-    "merge_weights", "tuner_type",
+    "merge_weights", "tuner_type", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices",
+    "layer_replication", "megatron_config", "enable_lora",
 }  # fmt: skip
+# Fields of the other types that are read, or are of training only.
+_OF_TYPES = {
+    "ADALORA": {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
+    "LOHA": {"alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"},
+    "LOKR": {"alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights", "decompose_both",
+             "decompose_factor", "rank_dropout_scale"},
+    "VERA": {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"},
+    "OFT": {"oft_block_size", "module_dropout", "init_weights", "eps", "block_share", "use_cayley_neumann",
+            "num_cayley_neumann_terms"},
+    "BOFT": {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout", "init_weights"},
+    "IA3": {"feedforward_modules", "init_ia3_weights"},
+    "TRAINABLE_TOKENS": {"token_indices", "init_weights"},
+    "LORA": set(),
+}  # fmt: skip
+_SCALELESS = ("VERA", "OFT", "BOFT", "IA3", "TRAINABLE_TOKENS")
 _REPEAT = re.compile(r"\{(?:[0-9]+(?:,[0-9]*)?|,[0-9]*)\}")
-_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 STACKED_SINCE = (0, 19)  # the version of PEFT since which factors of 3-D parameters lie as they do (peft_stacks)
 WAY_OUT = "this part of the PEFT format is not carried yet; it is refused so that it cannot be lost"
 
@@ -70,18 +80,19 @@ def read_config(source: TensorSource) -> tuple[dict[str, Any], str, list[Finding
         what = "there is no config, so the strength (lora_alpha) is unknown"
         return {}, "", [error("adapter_config.json", what, hint)]
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        findings.append(error("peft_type", f"{kind} adapters are not supported yet", WAY_OUT))
+    if not isinstance(kind, str) or kind not in _OF_TYPES:
+        known = ", ".join(_OF_TYPES)
+        findings.append(
+            error("peft_type", f"{_short(kind)} adapters are not supported yet (these are: {known})", WAY_OUT)
+        )
+        return config, prefix, findings
     for name, value in config.items():
-        if (name in _UNSUPPORTED and value) or (name == "bias" and value not in ("none", None)):
-            findings.append(error(f"adapter_config.json: {name}", f"{_short(value)} is not supported yet", WAY_OUT))
-        elif name not in _HARMLESS and name not in _UNSUPPORTED and value:
+        if name in _REASONS and (value or value == {}):  # an empty sub-config is one at its defaults
+            findings.append(error(f"adapter_config.json: {name}", _REASONS[name], WAY_OUT))
+        elif name not in _HARMLESS and name not in _OF_TYPES[kind] and value:
             hint = "loratool does not know this field, and it may change what the adapter means"
             findings.append(error(f"adapter_config.json: {name}", f"unknown field, set to {_short(value)}", hint))
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
-        what = f"{start} changed the base model before training; this adapter fits that changed base only"
-        findings.append(error("adapter_config.json: init_lora_weights", what, WAY_OUT))
+    findings += _malformed(config)
     return config, prefix, findings
 
 
@@ -105,6 +116,21 @@ def _embedded(source: TensorSource, findings: list[Finding]) -> tuple[dict[str, 
     return {name.removeprefix(prefix): value for name, value in config.items()}, prefix
 
 
+def _malformed(config: Mapping[str, Any]) -> list[Finding]:
+    """Return error findings for fields that have another form than they must have."""
+    wrong = []
+    ranges = config.get("layer_replication") or []
+    pairs = isinstance(ranges, list) and all(isinstance(r, list) and len(r) == 2 for r in ranges)
+    if not pairs or not all(isinstance(n, int) and 0 <= n <= 10_000 for r in ranges for n in r) or len(ranges) > 1000:
+        wrong.append("layer_replication")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        wrong.append("modules_to_save")
+    if config.get("bias", "none") not in (None, "none", "all", "lora_only", "boft_only", "oft_only", "vera_only"):
+        wrong.append("bias")
+    return [error(f"adapter_config.json: {name}", f"malformed: {_short(config[name])}") for name in wrong]
+
+
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -115,11 +141,16 @@ class Scaling:
 
     def __init__(self, config: Mapping[str, Any], findings: list[Finding]) -> None:
         self.findings = findings
-        self.ranks = _Pattern(config, "rank_pattern", findings)
-        self.alphas = _Pattern(config, "alpha_pattern", findings)
-        self.rank = config.get("r")
+        kind = str(config.get("peft_type", "LORA"))
+        patterns = {} if kind == "ADALORA" else config  # whose rank_pattern is the record of its allocator
+        self.ranks = _Pattern(patterns, "rank_pattern", findings)
+        self.alphas = _Pattern(patterns, "alpha_pattern", findings)
+        self.rank = None if kind in ("ADALORA", *_SCALELESS) else config.get("r")
         self.rslora = bool(config.get("use_rslora"))  # as PEFT takes it
-        self.alpha = config.get("lora_alpha")
+        self.alpha = config.get("alpha" if kind in ("LOHA", "LOKR") else "lora_alpha")
+        self.fixed = _adalora(config, findings) if kind == "ADALORA" else None
+        if kind in _SCALELESS or self.fixed is not None:
+            return
         if config and not _is_number(self.alpha):
             what = f"lora_alpha is {_short(self.alpha)}: the strength is unknown"
             findings.append(error("adapter_config.json", what, "set it, or give --alpha"))
@@ -128,8 +159,10 @@ class Scaling:
 
     def __call__(self, module: str, rank: int) -> float:
         """Return the factor that PEFT gives a module of this rank."""
+        if self.fixed is not None:
+            return self.fixed
         told = self.told(module)
-        if told is not None and told != rank:
+        if told is not None and told != rank and rank not in self.ranks.every(module):
             self.findings.append(error(module, f"the config says rank {told}, the tensors have rank {rank}"))
         alpha = self.alphas.first(module, self.alpha)
         if not _is_number(alpha):
@@ -139,6 +172,15 @@ class Scaling:
     def told(self, module: str) -> Any:
         """Return the rank that the config says a module has."""
         return self.ranks.first(module, self.rank)
+
+
+def _adalora(config: Mapping[str, Any], findings: list[Finding]) -> float:
+    """Return AdaLoRA's scaling: by the rank that every module began with, whatever is left of it."""
+    alpha, start = config.get("lora_alpha"), config.get("init_r")
+    if not _is_number(alpha) or not _is_number(start) or start <= 0:  # type: ignore[operator]
+        findings.append(error("adapter_config.json", "AdaLoRA needs lora_alpha and init_r: the strength is unknown"))
+        return 1.0
+    return float(alpha if alpha > 0 else start) / (start + 1e-5)  # type: ignore[operator, arg-type]
 
 
 def _is_number(value: object) -> bool:
@@ -172,14 +214,18 @@ class _Pattern:
 
     def first(self, module: str, default: Any) -> Any:
         """Return the value of the first key that matches, as PEFT's get_pattern_key does."""
-        literals = (self.whole.get(module), self.last.get(module.rpartition(".")[2]))
-        found = [hit for hit in literals if hit is not None]
-        found += [(place, value) for place, value, key, match in self.regexes if self._matches(key, match, module)]
-        values = [value for _, value in sorted(found)]
+        values = self.every(module)
         if len(set(values)) > 1:
             what = f"several keys of {self.field} match with different values; PEFT takes the first, {values[0]}"
             self.findings.append(Finding("warning", module, what))
         return values[0] if values else default
+
+    def every(self, module: str) -> list[Any]:
+        """Return the values of all keys that match. Configs are saved sorted: which was first in training is lost."""
+        literals = (self.whole.get(module), self.last.get(module.rpartition(".")[2]))
+        found = [hit for hit in literals if hit is not None]
+        found += [(place, value) for place, value, key, match in self.regexes if self._matches(key, match, module)]
+        return [value for _, value in sorted(found)]
 
     def _usable(self, key: str, value: object) -> bool:
         if _is_number(value) and float(value) > 0 and len(key) <= 4096:  # type: ignore[arg-type]
@@ -240,6 +286,12 @@ class Module(NamedTuple):
     alpha: float
     scaling: float
     is_parameter: bool = False
+
+
+def class_of(config: Mapping[str, Any]) -> str:
+    """Return the class of the model that was trained, where PEFT wrote it down: without a task type it does."""
+    mapping = config.get("auto_mapping")
+    return str(mapping.get("base_model_class", "")) if isinstance(mapping, dict) else ""
 
 
 def make_config(adapter: Adapter, modules: Sequence[Module]) -> dict[str, Any]:

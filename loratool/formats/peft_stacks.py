@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from loratool.adapter import Delta, Finding, LowRank, Stack, Target
+from loratool.adapter import Finding, Stack, Target
 from loratool.architecture import Known
+from loratool.deltas import Delta, LowRank
 from loratool.errors import MismatchError
 from loratool.factors import below_each_other, require_alike
 from loratool.formats.naming import Parts, error, shape_problem

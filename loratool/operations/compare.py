@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from math import prod, sqrt
 from typing import TYPE_CHECKING
 
-from loratool.adapter import Adapter, Delta, Target
+from loratool.adapter import Adapter, Target
 from loratool.architecture import Architecture
+from loratool.deltas import LowRank
 from loratool.errors import InputError, MismatchError
 from loratool.operations.writing import in_whole_modules
 from loratool.plan import Emit, Facts, Input, Load, Out, Plan, Report, Settled, Spooled
@@ -28,8 +29,8 @@ class CompareModule:
     """One target: the deltas of both adapters, either of which may be absent."""
 
     target: Target
-    first: tuple[Delta, ...]
-    second: tuple[Delta, ...]
+    first: tuple[LowRank, ...]
+    second: tuple[LowRank, ...]
     outs: tuple[Out, ...] = ()
 
     @property
@@ -66,7 +67,7 @@ class CompareModule:
         return {"norms": norms, "inner": lowrank.inner(*one, *two), "distance": distance}
 
 
-def _joined(deltas: tuple[Delta, ...], load: Load) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _joined(deltas: tuple[LowRank, ...], load: Load) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return (up, down) in fp64, scaling folded into up, of the sum of `deltas`."""
     from loratool.algebra import lowrank
     from loratool.algebra.deltas import as_matrices, is_finite
@@ -89,7 +90,8 @@ def plan(first: Adapter, second: Adapter, architecture: Architecture | None = No
         paths = {part for a in (first, second) for t in a.deltas for part in t.parts}
         family = architecture if any(path.rpartition("[")[0] in paths for path in paths) else None
         first, second = in_whole_modules(first, family), in_whole_modules(second, family)
-    targets = sorted({*first.deltas, *second.deltas}, key=lambda t: t.sort_key)
+    one, two = first.low_rank("compare"), second.low_rank("compare")
+    targets = sorted({*one, *two}, key=lambda t: t.sort_key)
     common = [t for t in targets if t in first.deltas and t in second.deltas]
     if not common:
         raise MismatchError(
@@ -103,7 +105,7 @@ def plan(first: Adapter, second: Adapter, architecture: Architecture | None = No
             raise MismatchError(
                 f"{t} has shape {shapes[0]} in one and {shapes[1]} in the other", where=first.origin.path
             )
-    units = tuple(CompareModule(t, first.deltas.get(t, ()), second.deltas.get(t, ())) for t in targets)
+    units = tuple(CompareModule(t, one.get(t, ()), two.get(t, ())) for t in targets)
     report = Report(verb="compare", findings=[*first.findings, *second.findings])
     report.totals = {"modules": len(targets), "common": len(common)}
     report.rows = [

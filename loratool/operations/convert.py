@@ -20,6 +20,7 @@ def plan(
     drop_unmapped: bool = False,
 ) -> Plan:
     """Plan the conversion; what the format cannot hold is an error that lists it, unless `drop_unmapped`."""
+    deltas = adapter.low_rank("convert")
     report = Report(verb="convert", findings=list(adapter.findings))
     files = spell(adapter, architecture, format, options, report, drop_unmapped=drop_unmapped)
     tensors = [ref for file in files if isinstance(file, TensorFile) for ref in file.tensors]
@@ -31,9 +32,7 @@ def plan(
         "tensors": len(tensors),
         "bytes": sum(ref.nbytes for ref in tensors),
     }
-    report.rows = [
-        {"module": str(t), "rank": d.rank, "alpha": d.alpha} for t in adapter.targets for d in adapter.deltas[t]
-    ]
+    report.rows = [{"module": str(t), "rank": d.rank, "alpha": d.alpha} for t in adapter.targets for d in deltas[t]]
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
         return Settled(report)

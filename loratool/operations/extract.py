@@ -15,8 +15,9 @@ from math import isfinite, prod, sqrt
 from typing import TYPE_CHECKING
 
 from loratool import dtypes
-from loratool.adapter import Adapter, Delta, Finding, LowRank, Origin, Target
+from loratool.adapter import Adapter, Finding, Origin, Target
 from loratool.architecture import Architecture
+from loratool.deltas import Delta, LowRank
 from loratool.errors import InputError, MismatchError
 from loratool.hookspecs import Format
 from loratool.operations.matching import Place, bare_name, places, stitched, tied_partner

@@ -1,24 +1,28 @@
-"""inspect: what is in an adapter. From headers alone; with the spectrum, from its factors (still no base)."""
+"""inspect: what is in an adapter. From headers alone; with spectrum or check, from its tensors (still no base)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from loratool.adapter import Adapter, Delta, Target
+from loratool.adapter import Adapter, Target
 from loratool.architecture import Architecture
+from loratool.deltas import Delta, Dora, LowRank
 from loratool.errors import InputError
-from loratool.plan import Emit, Facts, Load, Out, Plan, Report, Settled, Spooled
+from loratool.operations import defects
+from loratool.plan import Emit, Facts, Load, Out, Plan, Report, Settled, Spooled, Unit
 from loratool.tensors import TensorRef
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of one delta."""
+    """The singular values of one delta; `lenient` where a check says what is not finite."""
 
     target: Target
-    delta: Delta
+    delta: LowRank
+    lenient: bool = False
     outs: tuple[Out, ...] = ()
 
     @property
@@ -43,14 +47,17 @@ class Spectrum:
 
         up, down = as_matrices(load(self.delta.up), load(self.delta.down))
         if not (is_finite(up) and is_finite(down)):
+            if self.lenient:
+                return {}
             raise InputError("the factors hold NaN or infinity", where=self.key)
         return {"sigma": (lowrank.singular_values(up, down) * abs(self.delta.scaling)).tolist()}
 
 
-def plan(adapter: Adapter, architecture: Architecture | None, *, spectrum: bool = False) -> Plan:
+def plan(adapter: Adapter, architecture: Architecture | None, *, spectrum: bool = False, check: bool = False) -> Plan:
     """Plan an inspection; unsound adapters are described too, with their findings."""
     pairs = [(t, d) for t in adapter.targets for d in adapter.deltas[t]]
     refs = [ref for _, d in pairs for ref in d.refs]
+    lora = [d for _, d in pairs if isinstance(d, LowRank)]
     report = Report(
         verb="inspect",
         totals={
@@ -58,9 +65,10 @@ def plan(adapter: Adapter, architecture: Architecture | None, *, spectrum: bool 
             "families": list(adapter.families),
             "base_model": adapter.base_model,
             "modules": len(pairs),
-            "ranks": sorted({d.rank for _, d in pairs}),
-            "alphas": sorted({d.alpha for _, d in pairs}),
-            "scalings": sorted({d.scaling for _, d in pairs}),
+            "kinds": sorted({d.kind for _, d in pairs}),
+            "ranks": sorted({d.rank for _, d in pairs if d.rank}),
+            "alphas": sorted({d.alpha for d in lora}),
+            "scalings": sorted({d.scaling for d in lora}),
             "dtypes": sorted({ref.dtype for ref in refs}),
             "parameters": sum(prod(ref.shape) for ref in refs),
             "bytes": sum(ref.nbytes for ref in refs),
@@ -68,16 +76,36 @@ def plan(adapter: Adapter, architecture: Architecture | None, *, spectrum: bool 
             "metadata": dict(sorted(adapter.metadata.items())),
         },
         rows=[_row(t, d, architecture) for t, d in pairs],
-        findings=list(adapter.findings),
+        findings=[*adapter.findings, *defects.torn(adapter)],
     )
+    checks = defects.units(adapter) if check else ()
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
         for row in report.rows:
-            if row["module"] in facts:
+            if facts.get(row["module"]):
                 row.update(_spectrum(facts[row["module"]]["sigma"]))
+        if check:
+            _judge(report, adapter, checks, facts)
         return Settled(report)
 
-    return Plan(tuple(Spectrum(t, d) for t, d in pairs) if spectrum else (), report, settle)
+    plain = adapter.low_rank("--spectrum") if spectrum else {}
+    units: tuple[Unit, ...] = (*checks, *(Spectrum(t, d, check) for t, ds in plain.items() for d in ds))
+    return Plan(units, report, settle)
+
+
+def _judge(report: Report, adapter: Adapter, checks: Sequence[defects.CheckModule], facts: Mapping[str, Facts]) -> None:
+    """Write what a check found into the report: in its findings, and beside each module."""
+    findings, told = defects.judge(adapter, checks, facts)
+    report.findings += findings
+    measured = {check.module: facts[check.key] for check in checks}
+    for row in report.rows:
+        if "norm" in measured[row["module"]]:
+            row["norm"] = measured[row["module"]]["norm"]
+        if row["module"] in told:
+            row["defects"] = told[row["module"]]
+    levels = Counter(f.level for f in report.findings)
+    told_levels = [f"{levels[name]} {name}{'s' * (levels[name] > 1)}" for name in ("error", "warning") if levels[name]]
+    report.totals["check"] = ", ".join(told_levels) or "no defects"
 
 
 def _row(target: Target, delta: Delta, architecture: Architecture | None) -> dict[str, object]:
@@ -87,12 +115,22 @@ def _row(target: Target, delta: Delta, architecture: Architecture | None) -> dic
         "module": str(target),
         "group": known.layer.group if known else "",
         "role": "+".join(dict.fromkeys(k.role for k in each if k)),
-        "rank": delta.rank,
+        "kind": delta.kind,
+        "rank": delta.rank or None,
+        **(_factors(delta.inner if isinstance(delta, Dora) else delta)),
+        "dtype": delta.refs[0].dtype,
+    }
+
+
+def _factors(delta: Delta) -> dict[str, object]:
+    """Return what only plain LoRA has, or the shape of what another kind updates."""
+    if not isinstance(delta, LowRank):
+        return {"shape": [n or None for n in delta.shape]}
+    return {
         "alpha": delta.alpha,
         "scaling": delta.scaling,
         "down": list(delta.down.shape),
         "up": list(delta.up.shape),
-        "dtype": delta.down.dtype,
     }
 
 

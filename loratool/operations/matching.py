@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, NamedTuple
 
 from loratool import expressions
-from loratool.adapter import Delta, LowRank, Target
+from loratool.adapter import Target
 from loratool.architecture import Architecture
+from loratool.deltas import Delta, Full, Ia3, Tokens
 from loratool.errors import MismatchError
 from loratool.layers import Excluded, Experts, Layer, Matrix
 from loratool.layouts import Rows, count, runs, within
@@ -211,6 +213,50 @@ def stitched(
     return Place(ref, name, 0, first.layer, first.role, transposed=False)
 
 
+def vector_slices(
+    target: Target, base: TensorSource, known: Places, architecture: Architecture, names: Mapping[str, str]
+) -> list[Slice]:
+    """Return where a target lies that is no matrix of the family: the bias of one, or any other tensor by its name.
+
+    `names` are the tensors of the base by `bare_name`. Empty where the base has no such tensor.
+    """
+    path = target.parts[0]
+    module = path.removesuffix(".bias")
+    if module != path:
+        config = base.config or {}
+        slices = resolve(
+            Target(target.component, tuple(p.removesuffix(".bias") for p in target.parts)), known, architecture, config
+        )
+        biases = [f"{s.place.tensor.removesuffix('.weight')}.bias" for s in slices]
+        if slices and all(name in base.tensors and s.place.row == 0 for s, name in zip(slices, biases, strict=True)):
+            places = [
+                replace(s.place, stored=_as_column(base.tensors[name]), tensor=name, transposed=False)
+                for s, name in zip(slices, biases, strict=True)
+            ]
+            return [s._replace(place=place) for s, place in zip(slices, places, strict=True)]
+    name = names.get(bare_name(path, architecture)) or names.get(bare_name(f"{path}.weight", architecture))
+    if name is None or len(target.parts) > 1:
+        return []
+    ref = base.tensors[name]
+    stored = ref if len(ref.shape) > 1 else _as_column(ref)
+    return [Slice(path, Place(stored, name, 0, Layer(path), path.rpartition(".")[2], transposed=False))]
+
+
+def bias_of(target: Target) -> Target:
+    """Return the bias that stands beside a weight."""
+    return Target(target.component, tuple(f"{part}.bias" for part in target.parts))
+
+
+def names_of(base: TensorSource, architecture: Architecture) -> dict[str, str]:
+    """Return the tensors of a base by their bare names."""
+    return {bare_name(name, architecture): name for name in base.tensors}
+
+
+def _as_column(ref: TensorRef) -> TensorRef:
+    """A vector (n,) as a matrix (n, 1): one input, n outputs."""
+    return replace(ref, shape=(prod(ref.shape), 1))
+
+
 def assembled(parts: Sequence[TensorRef], rows: Sequence[Rows]) -> TensorRef:
     """Return a fused tensor put together from its parts; `rows` says which of its rows each part is."""
     places = [row for of_part in rows for run in of_part for row in run]
@@ -231,19 +277,40 @@ def bare_name(name: str, architecture: Architecture) -> str:
 def misfit(delta: Delta, slices: Sequence[Slice]) -> str:
     """Say how a delta does not fit the weights it updates, or nothing. A 1x1 convolution and a linear layer fit."""
     rows = sum(s.place.out for s in slices)
-    shape = delta.weight_shape(transposed=False)
     for place in (s.place for s in slices):
         kernel = place.stored.shape
         wanted = (rows, kernel[0], *kernel[2:]) if place.transposed else (rows, *kernel[1:])
-        if _squeezed(wanted) != _squeezed(shape):
-            stored, updated = (wanted[::-1], shape[::-1]) if place.transposed else (wanted, shape)
-            return f"the base's weight is {list(stored)}, the adapter updates {list(updated)}"
+        turned = place.transposed and delta.as_stored
+        if isinstance(delta, Tokens):  # rows of the stored matrix, which must be there
+            fits = len(kernel) == 2 and kernel[1] == delta.shape[1] and kernel[0] >= delta.shape[0]
+        else:
+            fits = _fits(delta, delta.shape[::-1] if turned else delta.shape, wanted)
+        if not fits:
+            stored, updated = (wanted, delta.shape) if not place.transposed else (wanted[::-1], delta.shape[::-1])
+            shown = [n or "?" for n in (delta.shape if turned else updated)]
+            return f"the base's weight is {list(stored)}, the adapter updates [{', '.join(map(str, shown))}]"
     return ""
 
 
-def sliced(delta: LowRank, rows: Rows | None) -> LowRank:
-    """Return the delta of some of its output rows: the same down, fewer rows of up."""
-    return delta if rows is None else LowRank(delta.down, delta.up.take(rows), delta.scaling)
+def _fits(delta: Delta, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a delta of this shape is one of a weight (out, in, *kernel): sizes that it does not show are 0 in it."""
+    if len(shape) > 2:
+        return _squeezed(shape) == _squeezed(wanted)
+    out, inputs = shape[0], prod(shape[1:])
+    whole = prod(wanted[1:])
+    of_channels = isinstance(delta, Ia3) and inputs == wanted[1]  # one factor for a whole kernel
+    return out in (0, wanted[0]) and (inputs in (0, whole) or of_channels)
+
+
+def sliced(delta: Delta, rows: Rows | None, *, transposed: bool = False) -> Delta:
+    """Return the delta of some of its output rows, of a weight that is stored (in, out) if `transposed`."""
+    if rows is None:
+        return delta
+    if transposed and isinstance(delta, Full):
+        return replace(delta, value=delta.value.columns(rows))
+    if isinstance(delta, Tokens):
+        return replace(delta, values=delta.values.columns(rows))
+    return delta.take(rows)
 
 
 def oriented(known: Places, wanted: Mapping[Target, tuple[int, ...]], model: str) -> dict[Target, Place]:
@@ -253,22 +320,26 @@ def oriented(known: Places, wanted: Mapping[Target, tuple[int, ...]], model: str
     where nothing shows it.
     """
     unknown = {t: p for t, p in known.items() if isinstance(p.layer, Matrix) and len(p.stored.shape) == 2}
-    clear = {t: s for t, s in wanted.items() if t in unknown and s[0] != s[1] and _in_a_block(t)}
-    seen = {unknown[t].stored.shape == shape[::-1] for t, shape in clear.items()}
+    found = {t: _is_turned(unknown[t].stored.shape, shape) for t, shape in wanted.items() if t in unknown}
+    seen = {flipped for t, flipped in found.items() if flipped is not None and _in_a_block(t)}
     turned = dict(known)
-    for target, shape in wanted.items():
-        place = unknown.get(target)
-        if place is None:
-            continue
-        if shape[0] == shape[1] and len(seen) != 1:
+    for target, shown in found.items():
+        place = unknown[target]
+        flipped = next(iter(seen)) if shown is None and len(seen) == 1 else shown
+        if flipped is None:
             raise MismatchError(
                 "this weight is square, and nothing says whether it is stored (out, in) or (in, out)",
                 where=str(target),
                 hint=f"name the family with --arch, or add one for {model} with -p FILE (docs/plugins.md)",
             )
-        flipped = place.stored.shape == shape[::-1] if shape[0] != shape[1] else seen == {True}
         turned[target] = Place(place.stored, place.tensor, place.row, place.layer, place.role, flipped)
     return turned
+
+
+def _is_turned(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool | None:
+    """Whether a stored matrix is (in, out) where the delta is (out, in), 0 for a size not shown; None if it can be."""
+    as_it_is, turned = (all(n in (0, m) for n, m in zip(shape, way, strict=True)) for way in (stored, stored[::-1]))
+    return None if as_it_is and turned else turned
 
 
 def _in_a_block(target: Target) -> bool:
@@ -276,7 +347,8 @@ def _in_a_block(target: Target) -> bool:
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
+    """Return a shape without kernel sizes of 1 at its end: LyCORIS' cores for 1-D convolutions have one."""
+    return _squeezed(shape[:-1]) if len(shape) > 2 and shape[-1] == 1 else shape
 
 
 def tied_partner(path: str, component: str, base: TensorSource, architecture: Architecture, known: Places) -> str:

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from hashlib import sha256
-from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, prod
+from typing import TYPE_CHECKING
 
 from loratool import dtypes
-from loratool.errors import InputError, MismatchError
-from loratool.layouts import Rows
+from loratool.deltas import Boft, Delta, Dora, LowRank, Oft, Taken, Term
+from loratool.encodings import Scaled, Transposed4Bit
+from loratool.errors import InputError
 from loratool.plan import Emit, Facts, Load, Out
 from loratool.tensors import TensorRef
 
 if TYPE_CHECKING:
     import torch
 
+    from loratool.algebra.merging import Sums
+
 PANEL = 64 << 20  # bytes of weight a unit: the piece that is scheduled and journalled
 TILE = 1 << 19  # bytes of weight in flight: with its fp32 sum it stays in a core's cache until it is written
-
-
-class Term(NamedTuple):
-    """One adapter's part in a weight: its factors, weight times scaling, and the output rows it is for (None: all)."""
-
-    up: TensorRef
-    down: TensorRef
-    factor: float
-    into: Rows | None = None
 
 
 @dataclass(frozen=True)
 class MergePanel:
     """Rows `start` to `stop` of one matrix, plus every adapter's delta of those rows (none: only a cast).
 
-    The matrix begins at row `row` of the output: an expert of a stack does not begin at 0.
+    The matrix begins at row `row` of the output: an expert of a stack does not begin at 0. `compute` is the dtype of
+    the arithmetic, "float32" or "float64". `as_trained`: what the weight was quantised to while the adapter was trained
+    on it (nf4, nf4-double), and what is decoded of that is then what the deltas are added to.
     """
 
     weight: TensorRef
@@ -43,6 +39,8 @@ class MergePanel:
     row: int
     start: int
     stop: int
+    compute: str = "float32"
+    as_trained: str = ""
 
     @property
     def key(self) -> str:
@@ -52,7 +50,7 @@ class MergePanel:
     @property
     def reads(self) -> tuple[TensorRef, ...]:
         """The rows of the weight, and every factor."""
-        return self.weight.rows(self.start, self.stop), *(ref for t in self.terms for ref in (t.up, t.down))
+        return self.weight.rows(self.start, self.stop), *(ref for t in self.terms for ref in t.delta.refs)
 
     @property
     def outs(self) -> tuple[Out, ...]:
@@ -62,122 +60,149 @@ class MergePanel:
     @property
     def scratch(self) -> int:
         """The factors as loaded, widened and joined, and a tile as read, summed and rounded."""
-        tile = max(stop - start for start, stop in self._tiles()) * prod(self.weight.shape[1:])
-        stacks = {ref.pieces: ref.held for t in self.terms for ref in (t.up, t.down) if ref.view}
-        joined = 24 * sum(t.down.shape[0] for t in self.terms) * sum(_as_matrix(self.weight.shape))
-        return joined + 24 * tile + sum(stacks.values())
+        tile = max(stop - start for start, stop in self.tiles()) * prod(self.weight.shape[1:])
+        stacks = {ref.pieces: ref.held for t in self.terms for ref in t.delta.refs if ref.view}
+        factors = 24 * sum(prod(ref.shape) for t in self.terms for ref in t.delta.refs)
+        decoded = max((self.weight.rows(a, b).held for a, b in self.tiles()), default=0) if self.weight.view else 0
+        tiles = 24 if all(_is_plain(t) for t in self.terms) else 64
+        return factors + tiles * tile + decoded + sum(stacks.values())
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Read, add, round and write tile by tile."""
         import torch
 
-        from loratool.algebra import lowrank
         from loratool.algebra.deltas import is_finite
+        from loratool.algebra.merging import squared, what_overflows
 
-        double = "F64" in (self.weight.dtype, self.out.dtype)
-        wide = torch.float64 if double else torch.float32
         narrow = getattr(torch, dtypes.torch_name(self.out.dtype))
-        left, right = self._factors(load, wide)  # (rows, r), (r, columns)
-        tiles = self._tiles()
-        height = max(stop - start for start, stop in tiles)
-        stored = getattr(torch, dtypes.torch_name(self.weight.dtype))
-        raw = torch.empty(height, *self.weight.shape[1:], dtype=stored)
-        sums = torch.empty(height, prod(self.weight.shape[1:]), dtype=wide, device=left.device)
-        result = torch.empty_like(sums, dtype=narrow)
-        for start, stop in tiles:
-            rows = stop - start
-            tile, rounded = sums[:rows], result[:rows]
-            tile.copy_(load(self.weight.rows(self.start + start, self.start + stop), raw[:rows]).flatten(1))
-            if left.shape[1]:
-                tile.addmm_(left[start:stop], right)
-            rounded.copy_(tile)
-            if not is_finite(rounded):
-                raise InputError(_overflow(tile, rounded, narrow), where=self.out.name)
-            emit(self.out, self.row + self.start + start, rounded)
-        return {"delta": lowrank.squared_norm(left, right) if left.shape[1] else 0.0}
+        sums = self.sums(load)
+        lost = 0.0
+        rounded: torch.Tensor | None = None
+        for start, tile in sums:
+            rounded = torch.empty_like(tile, dtype=narrow) if rounded is None or len(rounded) < len(tile) else rounded
+            result = rounded[: len(tile)].copy_(tile)
+            if narrow is not tile.dtype or not is_finite(result):
+                error = squared(tile.sub_(result))  # of the rounding, and not finite where a value is not
+                if not isfinite(error):
+                    raise InputError(what_overflows(tile, narrow), where=self.out.name)
+                lost += error
+            emit(self.out, self.row + start, result)
+        return {"delta": sums.moved, "lost": lost if self.terms else 0.0}
 
-    def _tiles(self) -> list[tuple[int, int]]:
-        return self.weight.rows(self.start, self.stop).panels(TILE)
-
-    def _factors(self, load: Load, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (left (rows, r), right (r, columns)) with left @ right the sum of all deltas of these rows.
-
-        Terms are joined in the order of their bytes, so that the order of adapters cannot change a bit of the result.
-        """
+    def sums(self, load: Load) -> Sums:
+        """Return what gives the merged rows, in the dtype of the arithmetic."""
         import torch
 
-        from loratool.algebra import lowrank
-        from loratool.algebra.deltas import as_matrices, is_finite, spread
+        from loratool.algebra.merging import Sums
 
-        loaded = []
-        for term in self.terms:
-            up, down = (matrix.to(wide) for matrix in as_matrices(load(term.up), load(term.down)))
-            if not (is_finite(up) and is_finite(down)):
-                raise InputError("the adapter's factors hold NaN or infinity", where=term.up.name)
-            if term.into is not None:
-                up = spread(up, term.into, self.weight.shape[1 if self.transposed else 0])
-            pair = (down.T, up.T) if self.transposed else (up, down)
-            loaded.append((pair[0][self.start : self.stop], pair[1], term.factor))
-        if len(loaded) > 1:
-            loaded.sort(key=lambda t: (_digest(t[1]), _digest(t[0]), t[2]))
-        if not loaded:
-            return torch.zeros(self.stop - self.start, 0, dtype=wide), torch.zeros(0, 1, dtype=wide)
-        return lowrank.add(loaded)
+        double = "F64" in (self.weight.dtype, self.out.dtype) or self.compute == "float64"
+        return Sums(
+            self.weight,
+            self.terms,
+            load,
+            tiles=[(self.start + a, self.start + b) for a, b in self.tiles()],
+            survey=self.weight.panels(TILE),
+            wide=torch.float64 if double else torch.float32,
+            transposed=self.transposed,
+            as_trained=self.as_trained,
+        )
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """Cut the panel, from its first row on."""
+        if self.transposed and any(isinstance(_whole(t.delta), (Oft, Boft)) for t in self.terms):
+            return [(0, self.stop - self.start)]  # rotations of the inputs, which are the rows here
+        return self.weight.rows(self.start, self.stop).panels(TILE)
+
+
+def _is_plain(term: Term) -> bool:
+    return isinstance(term.delta, LowRank)
+
+
+def _whole(delta: Delta) -> Delta:
+    return delta.of if isinstance(delta, Taken) else delta
+
+
+def panels_of(weight: TensorRef, terms: Sequence[Term], *, transposed: bool) -> list[tuple[int, int]]:
+    """Cut a matrix into units; one whose norms or rotations run along the cut ones stays whole."""
+    whole = transposed and any(isinstance(_whole(t.delta), (Dora, Oft, Boft)) for t in terms)
+    return [(0, weight.shape[0])] if whole else weight.panels(PANEL)
 
 
 @dataclass(frozen=True)
-class SameValues:
-    """A check: a base weight that an adapter's file carries along must be the base's own."""
+class RequantisedPanel:
+    """A merged panel that goes back into the encoding of the base: fp8 with its scales, or MXFP4.
 
-    source: str
-    copy: TensorRef
-    weight: TensorRef
-    outs: tuple[Out, ...] = ()
+    `merged` has the logical rows. `codes` and `scales` are outputs as flat matrices (E x rows, columns); the panel's
+    first rows there are `code_row` and `scale_row`. What MXFP4 stores is the transpose of the logical matrix.
+    """
+
+    merged: MergePanel
+    codes: Out
+    scales: Out
+    code_row: int
+    scale_row: int
 
     @property
     def key(self) -> str:
-        """The adapter's file and the tensor's name in it."""
-        return f"check:{self.source}:{self.copy.name}"
+        """Tensor and rows."""
+        return f"{self.codes.name}[{self.code_row}:]"
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:
+        """The stored codes and scales, and every factor."""
+        return self.merged.reads
+
+    @property
+    def outs(self) -> tuple[Out, ...]:
         """Both."""
-        return self.copy, self.weight
+        return self.codes, self.scales
 
     @property
     def scratch(self) -> int:
-        """Two tiles and their comparison."""
-        return 16 * TILE
+        """The merged rows in fp32, and what encoding makes of them."""
+        rows = self.merged.stop - self.merged.start
+        return self.merged.scratch + 16 * rows * prod(self.merged.weight.shape[1:])
 
     def run(self, load: Load, emit: Emit) -> Facts:
-        """Compare the values tile by tile."""
-        same_shape = self.copy.shape == self.weight.shape
-        for start, stop in self.weight.panels(TILE):
-            if not same_shape or not bool(
-                (load(self.copy.rows(start, stop)) == load(self.weight.rows(start, stop))).all()
-            ):
-                raise MismatchError(
-                    "the adapter was saved with another base weight (a resized or trained embedding)",
-                    where=self.copy.name,
-                    hint="saved base weights are not merged yet: give the base that the adapter was trained on",
-                )
-        return {}
+        """Merge all rows, encode them, write codes and scales, and measure what that lost."""
+        import torch
+
+        from loratool.algebra import quantisation
+        from loratool.algebra.merging import squared, what_overflows
+
+        sums = self.merged.sums(load)
+        values = torch.cat([tile.clone() for _, tile in sums]).float()
+        panel = self.merged.weight.rows(self.merged.start, self.merged.stop)
+        assert panel.view is not None
+        assert panel.view.encoding is not None
+        codes, scales, decoded = quantisation.encode_like(panel.view.encoding, values, [load(r) for r in panel.view.of])
+        lost = squared(values.sub_(decoded))
+        if not isfinite(lost):
+            raise InputError(what_overflows(values, codes.dtype), where=self.codes.name)
+        emit(self.codes, self.code_row, codes)
+        emit(self.scales, self.scale_row, scales)
+        return {"delta": sums.moved, "lost": lost}
 
 
-def _overflow(tile: torch.Tensor, rounded: torch.Tensor, narrow: torch.dtype) -> str:
-    import torch
-
-    if bool(torch.isfinite(tile).all()):
-        count = int((~torch.isfinite(rounded)).sum())
-        return (
-            f"{count} merged values overflow {str(narrow).removeprefix('torch.')}: choose --dtype bfloat16 or float32"
+def requantised_panels(matrix: MergePanel, codes: Out, scales: Out) -> list[RequantisedPanel]:
+    """Cut a touched matrix of an encoded weight into units that hold whole tiles of its scales."""
+    encoding = matrix.weight.view.encoding if matrix.weight.view else None
+    assert encoding is not None
+    rows, columns = matrix.weight.shape[0], prod(matrix.weight.shape[1:])
+    if isinstance(encoding, Transposed4Bit):
+        row = matrix.row // rows * columns
+        return [RequantisedPanel(matrix, codes, scales, row, row)]
+    assert isinstance(encoding, Scaled)
+    height, grid = encoding.tile[0], -(-rows // encoding.tile[0])
+    step = max(PANEL // (2 * columns) // height, 1) * height
+    which = matrix.row // rows
+    return [
+        RequantisedPanel(
+            replace(matrix, start=start, stop=min(start + step, rows)),
+            codes,
+            scales,
+            matrix.row + start,
+            which * grid + start // height,
         )
-    return "the merged weight would hold NaN or infinity (so does the base, or the adapter is damaged)"
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    return sha256(tensor.contiguous().numpy(force=True).tobytes()).digest()
-
-
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], prod(shape[1:])
+        for start in range(0, rows, step)
+    ]

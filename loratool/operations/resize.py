@@ -12,8 +12,9 @@ from math import prod, sqrt
 from typing import Any
 
 from loratool import dtypes
-from loratool.adapter import Adapter, Delta, Finding, LowRank, Target
+from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture
+from loratool.deltas import Delta, LowRank
 from loratool.errors import InputError, UsageError
 from loratool.hookspecs import Format
 from loratool.operations.writing import spell
@@ -46,7 +47,7 @@ class ResizeModule:
     """One delta, recompressed."""
 
     target: Target
-    delta: Delta
+    delta: LowRank
     rule: Rule
     dtype: str
 
@@ -127,6 +128,7 @@ def plan(
     options: Mapping[str, str],
 ) -> Plan:
     """Plan the recompression of every delta of `adapter` under `rule`, written in `format`."""
+    plain = adapter.low_rank("resize")
     units = tuple(
         ResizeModule(
             t,
@@ -135,7 +137,7 @@ def plan(
             dtypes.wider(delta.down.dtype, delta.up.dtype) if dtype == "keep" else dtypes.from_torch_name(dtype),
         )
         for t in adapter.targets
-        for delta in adapter.deltas[t]
+        for delta in plain[t]
     )
     report = Report(verb="resize", findings=list(adapter.findings))
     report.totals = {"modules": len(units), "bytes_before": sum(ref.nbytes for u in units for ref in u.reads)}

@@ -73,10 +73,6 @@ class Module(NamedTuple):
     kernel: int
     copies: int
 
-    def is_stack_of(self, weight: Weight) -> bool:
-        """Whether this stacks what the file has one by one."""
-        return weight.copies < self.copies
-
     def parameters(self, rank: int) -> int:
         """The numbers in an adapter of this rank: down (rank, inputs x kernel) and up (out, rank), for each copy."""
         return self.copies * rank * (self.inputs * self.kernel + self.out)
@@ -226,7 +222,7 @@ def _template(name: str) -> tuple[str | int, ...]:
 
 def _bare(family: Architecture, component: str, path: str, model_class: str) -> str:
     """Return a name in memory less the prefix, where the live model has none."""
-    if component in family.bare_in_memory or model_class in family.headless:
+    if family.is_bare(component, model_class):
         for prefix in family.prefixes.get(component, ()):
             if path.startswith(prefix):
                 return path[len(prefix) :]

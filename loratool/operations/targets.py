@@ -25,16 +25,16 @@ def targets(survey: Survey, preset: str) -> dict[str, Any]:
     else in the model, containers included; where only the number of a layer could tell, all are one regular
     expression, which PEFT matches with the whole name.
 
-    Where transformers stacks experts that files have one by one, PEFT takes their names on disk (gate_proj) to mean the
-    stacks, whatever stands before them; a dense layer of such a name is given as a parameter, `mlp.gate_proj.weight`.
+    Where transformers stacks experts that released files have one by one, PEFT takes their names on disk (gate_proj) to
+    mean the stacks, whatever stands before them, and whichever way this file has them; a dense layer of such a name is
+    given as a parameter, `mlp.gate_proj.weight`.
     """
     chosen = survey.selected(preset)
-    experts = {split(w.path)[-1] for m in survey.modules if m.is_parameter for w in m.weights if m.is_stack_of(w)}
     modules, parameters = [], []
     for module in chosen:
         if module.is_parameter:
             parameters.append(module)
-        elif module.template[-1] in experts:
+        elif module.template[-1] in survey.architecture.stacked_leaves:
             weight = (*module.template, "weight")
             parameters.append(module._replace(name=f"{module.name}.weight", template=weight))
         else:
@@ -80,17 +80,18 @@ def shared(survey: Survey, preset: str) -> list[Finding]:
 def _all_modules(survey: Survey) -> set[str]:
     """Every module of the live model that the base shows, containers and tied heads included."""
     family, model_class = survey.architecture, survey.model_class
+    own = family.at_hand or family.components[0]
     names = {m.name.rpartition(".")[0] if m.is_parameter else m.name for m in survey.modules}
     held = {w.tensor for m in survey.modules for w in m.weights}
     for tensor in (t for t in survey.shapes if t not in held):
         path = tensor.rpartition(".")[0]
         known = family.find(path)
-        component = known.component if known else family.components[0]
+        component = known.component if known else own
         names.add(family.in_memory(component, known.parts[0] if known else path, model_class))
     present = {w.path for weights in survey.weights.values() for w in weights}
     for group in family.tied:
         if present & set(group):
-            names |= {family.in_memory(family.components[0], path, model_class) for path in group}
+            names |= {family.in_memory(own, path, model_class) for path in group}
     return {".".join(e[:n]) for e in map(split, names) for n in range(1, len(e) + 1)}
 
 

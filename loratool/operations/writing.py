@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from loratool.adapter import Adapter, Delta, Finding, LowRank, Target
+from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture
+from loratool.deltas import Delta, LowRank
 from loratool.errors import AmbiguityError, InputError, MismatchError
 from loratool.factors import below_each_other, require_alike
 from loratool.hookspecs import Format
@@ -59,7 +60,7 @@ def in_whole_modules(adapter: Adapter, architecture: Architecture | None) -> Ada
     """
     deltas: dict[Target, tuple[Delta, ...]] = {}
     parts: dict[Target, dict[str, LowRank]] = {}
-    for target, found in adapter.deltas.items():
+    for target, found in adapter.low_rank("bringing fused and split weights together").items():
         weight, _, part = target.parts[0].rpartition("[")
         if len(target.parts) > 1:
             _add(deltas, _split(target, found))
@@ -85,7 +86,7 @@ def _add(deltas: dict[Target, tuple[Delta, ...]], more: Mapping[Target, tuple[De
         deltas[target] = found
 
 
-def _split(target: Target, deltas: tuple[Delta, ...]) -> dict[Target, tuple[Delta, ...]]:
+def _split(target: Target, deltas: tuple[LowRank, ...]) -> dict[Target, tuple[Delta, ...]]:
     cuts = [d.cut(len(target.parts)) for d in deltas]
     return {Target(target.component, (part,)): tuple(c[n] for c in cuts) for n, part in enumerate(target.parts)}
 

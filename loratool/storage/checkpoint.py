@@ -2,6 +2,9 @@
 
 An index is untrusted: its shard names must stay inside the folder (under Posix and Windows rules, links included;
 the Hugging Face cache's blobs are the one allowed outside), and index and headers must agree both ways.
+
+Pickled weights (pytorch_model.bin) are read only where the caller allows it. They are described as the safetensors
+that they become: shards and index carry the names of the output, headers have no bytes of their own.
 """
 
 from __future__ import annotations
@@ -9,44 +12,83 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 from loratool.errors import FormatError, InputError, StorageError
-from loratool.storage import jsonfile, safetensors
+from loratool.plan import TensorFile
+from loratool.storage import jsonfile, quantised, runs, safetensors
+from loratool.storage.runs import PICKLES
 from loratool.tensors import Inline, Span, TensorRef, TensorSource
 
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
+_ADAPTER_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+)
+#: The first that is there is the model; what lies beside it is a second copy.
 _BASE_WEIGHTS = (
     "model.safetensors.index.json",
     "model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 #: What goes along with the weights when a model is rewritten; nothing in it is parsed or executed.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe", ".spm", ".vocab")
 _COMPANION_NAMES = ("license", "notice", "merges", "use_policy")
 _COMPANION_CAP = 64 << 20
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 class Shard(NamedTuple):
-    """One weight file of a checkpoint."""
+    """One weight file of a checkpoint: its name as safetensors, which is the output's, and its name in the folder.
+
+    The header of a pickle has no raw bytes, and its tensors are in the order that a new file has.
+    """
 
     name: str
     header: safetensors.Header
+    source: str
 
 
 @dataclass(frozen=True)
 class Checkpoint(TensorSource):
-    """An opened checkpoint or adapter: its tensors, its files, and the config beside them."""
+    """An opened checkpoint or adapter: its tensors, its files, and the config beside them.
+
+    `index` and `index_name` are those of the output: of a pickled checkpoint they differ from what lies in `folder`.
+    `files` are the names there of what was read, `notes` say what was not, and why. Of a quantised checkpoint
+    `tensors` are the logical ones, and `quantised` their encodings; `stored` are those of the files, `stored_shards`
+    the files with them, and `spent` the fates of the ones that no logical tensor is made of.
+    """
 
     shards: tuple[Shard, ...] = ()
     index: dict[str, object] = field(default_factory=dict)
     index_name: str = ""
     folder: str = ""
+    files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    quantised: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, TensorRef] = field(default_factory=dict)
+    spent: Mapping[str, str] = field(default_factory=dict)
+    stored_shards: tuple[Shard, ...] = ()
 
 
 def exists(text: str) -> bool:
@@ -70,29 +112,39 @@ def open_adapter(path: str, *, allow_pickle: bool = False) -> Checkpoint:
     return replace(opened, path=path, config=found, tensors=_with_scalars(opened.tensors))
 
 
-def open_base(path: str) -> Checkpoint:
-    """Open a base checkpoint: a folder (sharded or not) or one file."""
+def open_base(path: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a base checkpoint: a folder (sharded or not), the index of one, or one file. Never more than headers."""
     place = Path(path)
-    if not place.is_dir():
-        return _open_file(place, allow_pickle=False)
-    weights = next((place / n for n in _BASE_WEIGHTS if (place / n).is_file()), None)
-    if weights is None:
-        if any(p.suffix in _PICKLES and p.name.startswith("pytorch_model") for p in place.iterdir()):
-            raise FormatError(
-                "only pickle weights (pytorch_model*.bin) are here",
-                where=path,
-                hint="save the model as safetensors: model.save_pretrained(folder)",
-            )
-        if (place / "model_index.json").is_file():
-            raise FormatError(
-                "this is a whole diffusers pipeline",
-                where=path,
-                hint=f"name one component, for example {place / 'unet'}",
-            )
-        weights = _only_file(place)
-    opened = _open_index(weights) if weights.name.endswith(".index.json") else _open_file(weights, allow_pickle=False)
+    if place.name.endswith(".index.json") and place.is_file():
+        weights, place = place, place.parent
+    elif place.is_dir():
+        weights = _base_weights(place)
+    else:
+        return quantised.logical(_open_file(place, allow_pickle))
+    is_index = weights.name.endswith(".index.json")
+    opened = _open_index(weights, allow_pickle) if is_index else _open_file(weights, allow_pickle)
     config = place / "config.json"
-    return replace(opened, path=path, folder=str(place), config=jsonfile.read(config) if config.is_file() else None)
+    opened = replace(
+        opened,
+        path=path,
+        folder=str(place),
+        config=jsonfile.read(config) if config.is_file() else None,
+        notes=runs.second_copies(place, opened.files, _ADAPTER_WEIGHTS),
+    )
+    return quantised.logical(opened)
+
+
+def _base_weights(place: Path) -> Path:
+    """Return the file or index that is the model in a folder, or raise with what is there instead."""
+    weights = next((place / n for n in _BASE_WEIGHTS if (place / n).is_file()), None)
+    if weights is None and (place / "model_index.json").is_file():
+        raise FormatError(
+            "this is a whole diffusers pipeline",
+            where=place,
+            hint=f"name one component, for example {place / 'unet'}",
+        )
+    pickled = sorted(p for p in place.glob("pytorch_model*") if p.suffix in PICKLES and p.is_file())
+    return weights or _only_file(place, pickled)
 
 
 def is_adapter_folder(path: str) -> bool:
@@ -115,12 +167,22 @@ def companions(folder: str) -> list[str]:
         relative = path.relative_to(root)
         hidden = any(part.startswith(".") for part in relative.parts)
         skipped = path.name.endswith(".index.json") or path.name in ("adapter_config.json", "loratool.report.json")
+        skipped = skipped or runs.is_state(path.name)
         named = path.suffix in _COMPANIONS or path.stem.lower().startswith(_COMPANION_NAMES)
         nested = len(relative.parts) > 1 and (path.parent / "config.json") != path  # only configs of submodules
         wanted = path.is_file() and named and not (hidden or skipped or nested)
         if wanted and path.stat().st_size <= _COMPANION_CAP:
             names.append(relative.as_posix())
     return names
+
+
+def tokenizer_files(folder: str) -> list[str]:
+    """Return the files of a tokenizer in a folder; none where it is a file, or has only a chat template."""
+    root = Path(folder)
+    names = [n for n in _TOKENIZER if (root / n).is_file() and is_inside(root / n, root)] if root.is_dir() else []
+    return (
+        names if set(names) & {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"} else []
+    )
 
 
 def left_behind(folder: str, taken: Collection[str]) -> list[str]:
@@ -150,21 +212,26 @@ def _adapter_folder(place: Path) -> Path:
     if _has_adapter(place):
         return place
     inner = [p for p in sorted(place.iterdir()) if p.is_dir() and _has_adapter(p)]
-    if len(inner) > 1:
+    steps = [p for p in runs.checkpoints(place) if p in inner]
+    named = [p for p in inner if p not in steps]
+    if len(named) > 1:
         raise InputError(
-            f"several adapters are in this folder: {', '.join(p.name for p in inner)}",
+            f"several adapters are in this folder: {', '.join(p.name for p in named)}",
             where=place,
-            hint=f"name one of them, for example {inner[0]}",
+            hint=f"name one of them, for example {named[0]}",
         )
-    return inner[0] if inner else place
+    if steps and not named:
+        raise runs.one_of(steps, place)
+    return named[0] if named else place
 
 
-def _only_file(place: Path) -> Path:
-    files = sorted(place.glob("*.safetensors"))
+def _only_file(place: Path, pickled: Sequence[Path] = ()) -> Path:
+    """Return the one weights file of a folder: safetensors, or else one of `pickled`."""
+    files = sorted(place.glob("*.safetensors")) or list(pickled)
     if len(files) == 1:
         return files[0]
     if not files:
-        raise StorageError("no weights are in this folder", where=place, hint="expected *.safetensors")
+        raise runs.no_weights(place)
     raise InputError(
         f"{len(files)} weight files and no index: {', '.join(f.name for f in files[:4])}",
         where=place,
@@ -175,19 +242,39 @@ def _only_file(place: Path) -> Path:
 def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     if not path.is_file():
         raise StorageError("no such file or folder", where=path, hint=_fetching(path))
-    if path.suffix in _PICKLES:
-        if not allow_pickle:
-            raise FormatError(
-                "a pickle can run code when it is opened",
-                where=path,
-                hint="if you trust its author: --allow-pickle (opened with weights_only=True)",
-            )
-        from loratool.storage import torchfile
+    shard, tensors = _read(path, path.name, allow_pickle)
+    return Checkpoint(str(path), tensors, shard.header.metadata, shards=(shard,), files=(path.name,))
 
-        return Checkpoint(str(path), torchfile.read(path), {})
-    header = safetensors.read_header(path)
-    tensors = {ref.name: ref for ref in header.tensors}
-    return Checkpoint(str(path), tensors, header.metadata, shards=(Shard(path.name, header),))
+
+def _read(path: Path, name: str, allow_pickle: bool) -> tuple[Shard, dict[str, TensorRef]]:
+    """Read what a weights file holds: as a shard, and its tensors in file order."""
+    pieces = runs.in_pieces(path)
+    if pieces is not None:
+        raise pieces
+    if path.suffix not in PICKLES:
+        header = safetensors.read_header(path)
+        return Shard(name, header, name), {ref.name: ref for ref in header.tensors}
+    if not allow_pickle:
+        raise FormatError(
+            "a pickle can run code when it is opened",
+            where=path,
+            hint="if you trust its author: --allow-pickle (opened with weights_only=True); "
+            "or save it as safetensors: model.save_pretrained(folder)",
+        )
+    from loratool.storage import torchfile
+
+    tensors = torchfile.read(path)
+    new = TensorFile.new(_as_safetensors(name), tensors.values(), {"format": "pt"})  # transformers wants to be told
+    return Shard(new.name, safetensors.Header(b"", new.tensors, dict(new.metadata)), name), tensors
+
+
+def _as_safetensors(name: str) -> str:
+    """Return what save_pretrained calls a pickle of weights, or the index of them, when it writes safetensors."""
+    path = PurePosixPath(name)
+    weights, index, _ = path.name.partition(".index.json")
+    stem = weights.removesuffix(PurePosixPath(weights).suffix)
+    stem = stem.removeprefix("pytorch_") if stem.startswith("pytorch_model") else stem
+    return str(path.with_name(f"{stem}.safetensors{index}"))
 
 
 def _fetching(path: Path) -> str:
@@ -197,25 +284,26 @@ def _fetching(path: Path) -> str:
     return f"sources are local paths{hub}"
 
 
-def _open_index(path: Path) -> Checkpoint:
+def _open_index(path: Path, allow_pickle: bool) -> Checkpoint:
     index = jsonfile.read(path, jsonfile.INDEX_CAP)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("the index has no weight_map", where=path)
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise FormatError("the index's weight_map must map tensors to file names", where=path)
-    shards = []
-    for name in dict.fromkeys(weight_map.values()):
-        shards.append(Shard(name, safetensors.read_header(_contained(path, name))))
+    shards: list[Shard] = []
     tensors: dict[str, TensorRef] = {}
-    for shard in shards:
-        for ref in shard.header.tensors:
-            if weight_map.get(ref.name) != shard.name:
-                raise FormatError(
-                    f"{shard.name} holds {ref.name!r}, which the index places in {weight_map.get(ref.name)!r}",
-                    where=path,
-                )
-            tensors[ref.name] = ref
+    for name in dict.fromkeys(weight_map.values()):
+        shard, found = _read(_contained(path, name), name, allow_pickle)
+        if any(other.name == shard.name for other in shards):
+            raise FormatError(f"two shards would be called {shard.name!r} as safetensors", where=path)
+        strange = next((n for n in found if weight_map.get(n) != name), None)
+        if strange is not None:
+            raise FormatError(
+                f"{name} holds {strange!r}, which the index places in {weight_map.get(strange)!r}", where=path
+            )
+        shards.append(shard)
+        tensors |= found
     missing = [n for n in weight_map if n not in tensors]
     if missing:
         raise FormatError(
@@ -223,15 +311,16 @@ def _open_index(path: Path) -> Checkpoint:
             where=path,
             hint="the checkpoint is incomplete: fetch it again",
         )
-    metadata = shards[0].header.metadata
+    names = {shard.source: shard.name for shard in shards}
     return Checkpoint(
         str(path),
         tensors,
-        metadata,
+        shards[0].header.metadata,
         shards=tuple(shards),
-        index=dict(index),
-        index_name=path.name,
+        index={**index, "weight_map": {tensor: names[source] for tensor, source in weight_map.items()}},
+        index_name=path.name if all(s.name == s.source for s in shards) else _as_safetensors(path.name),
         folder=str(path.parent),
+        files=(path.name, *names),
     )
 
 

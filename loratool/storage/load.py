@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import threading
+from math import prod
 from types import TracebackType
 
 import torch
 
 from loratool import dtypes
+from loratool.algebra import quantisation
+from loratool.encodings import Transposed4Bit
 from loratool.errors import StorageError
 from loratool.storage.descriptor import Descriptor
 from loratool.tensors import Inline, TensorRef, View
@@ -50,6 +53,8 @@ class Loader:
     def _rearranged(self, ref: TensorRef, view: View, into: torch.Tensor | None) -> torch.Tensor:
         """Read what a view is of, and arrange it."""
         match view.kind:
+            case "quantised":
+                result = self._decoded(ref, view)
             case "joined":
                 result = torch.cat([self(part) for part in view.of])
             case "woven":
@@ -65,7 +70,16 @@ class Loader:
             case _:
                 whole = self._whole(view.of[0])
                 result = torch.cat([whole[:, r.start : r.stop : r.step] for r in view.ranges], dim=1)
+        result = result.reshape(ref.shape)
         return result.contiguous() if into is None else into.copy_(result)
+
+    def _decoded(self, ref: TensorRef, view: View) -> torch.Tensor:
+        """Read codes and scales, and decode them. Of a transposed matrix every tile needs all rows: they are kept."""
+        assert view.encoding
+        again = isinstance(view.encoding, Transposed4Bit)
+        stored = [self._whole(part) if again else self(part) for part in view.of]
+        dtype = getattr(torch, dtypes.torch_name(ref.dtype))
+        return quantisation.decode(view.encoding, stored, prod(ref.shape), dtype)
 
     def _whole(self, ref: TensorRef) -> torch.Tensor:
         """Read a tensor and keep it for a while: the experts of a stack are columns of one."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from loratool.errors import FormatError, StorageError, UsageError
-from loratool.plan import CopiedFile, Facts, JsonFile, Out, OutFile, TensorFile
+from loratool.plan import CopiedFile, Facts, JsonFile, Out, OutFile, TensorFile, TextFile
 from loratool.storage import jsonfile, safetensors, target
 from loratool.storage.descriptor import Descriptor
 from loratool.storage.writeback import WriteBehind
@@ -159,6 +159,8 @@ class Staging:
                 self._prepare_tensors(file, path)
             elif isinstance(file, JsonFile):
                 self._behind.write(self._create(file.name).number, jsonfile.dump(file.content), 0)
+            elif isinstance(file, TextFile):
+                self._behind.write(self._create(file.name).number, file.text.encode(), 0)
             else:
                 source = Descriptor(file.source, os.O_RDONLY)
                 size = os.fstat(source.number).st_size

@@ -9,8 +9,9 @@ from loratool import Architecture, Embedding, Excluded, Fused, Linear, Match, co
 
 _LAYER, _LLAMA = "transformer.encoder.layers.{i}", "model.layers.{i}"
 _QKV, _PARTS = f"{_LAYER}.self_attention.query_key_value", ("q", "k", "v")
-_HEAD = "(kv_channels|128)"
-_KV = f"multi_query_group_num*{_HEAD}"
+_HEAD = "(kv_channels|head_dim|128)"  # the second of each is what transformers' GLM-4 calls it
+_KV = f"(multi_query_group_num|num_key_value_heads)*{_HEAD}"
+_GROUPED = "multi_query_attention or num_key_value_heads"
 CHATGLM2 = Architecture(
     name="chatglm2",
     match=Match(model_types=("chatglm",), when="padded_vocab_size"),
@@ -23,7 +24,7 @@ CHATGLM2 = Architecture(
     ),
     default_targets=("query_key_value",),
     fused=(
-        Fused(_QKV, _PARTS, layout=concat(f"num_attention_heads*{_HEAD}", _KV, _KV), when="multi_query_attention"),
+        Fused(_QKV, _PARTS, layout=concat(f"num_attention_heads*{_HEAD}", _KV, _KV), when=_GROUPED),
         Fused(_QKV, _PARTS, layout=interleave_heads("num_attention_heads", _HEAD, _HEAD, _HEAD)),
         Fused(f"{_LAYER}.mlp.dense_h_to_4h", parts=("gate", "up"), layout=concat(parts=2)),
     ),

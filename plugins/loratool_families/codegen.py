@@ -1,4 +1,7 @@
-"""CodeGen: four large blocks of queries, values and keys, in that order (transformers: models/codegen)."""
+"""CodeGen: four large blocks of queries, values and keys, in that order (transformers: models/codegen).
+
+Otherwise it is GPT-J, and people convert it to that: the aliases are GPT-J's names.
+"""
 
 from loratool import Architecture, Embedding, Fused, Linear, Match, blocks, hookimpl
 
@@ -13,6 +16,7 @@ CODEGEN = Architecture(
     ),
     default_targets=("qkv_proj",),
     fused=(Fused("transformer.h.{i}.attn.qkv_proj", parts=("q", "v", "k"), layout=blocks(4, parts=3)),),
+    aliases=("transformer.h.{i}.attn.(q_proj|v_proj|k_proj) = transformer.h.{i}.attn.qkv_proj[(q|v|k)]",),
     prefixes={"": ("transformer.",)},
     headless=("CodeGenModel",),
     tied=(("transformer.wte", "lm_head"),),

@@ -7,8 +7,9 @@ phi-msft  modeling_phi.py: transformer.h.{i}; its aliases are the names that tra
 from loratool import Architecture, Embedding, Fused, Linear, Match, concat, hookimpl
 
 _BLOCK, _PHI = "transformer.h.{i}", "model.layers.{i}"
-_KV = "(n_head_kv|n_head)*(n_embd/n_head)"
-_LAYOUT = concat("n_embd", _KV, _KV)
+_WIDTH, _HEADS = "(n_embd|hidden_size)", "(n_head|num_attention_heads)"  # the latter in configs of transformers' Phi
+_KV = f"(n_head_kv|num_key_value_heads|{_HEADS})*({_WIDTH}/{_HEADS})"
+_LAYOUT = concat(_WIDTH, _KV, _KV)
 MIXFORMER = Architecture(
     name="phi-old",
     match=Match(model_types=("mixformer-sequential",)),

@@ -10,7 +10,7 @@ from loratool import Architecture, Conv2d, Embedding, Fused, Linear, Match, conc
 
 _TRANSFORMERS = ("(down_blocks|up_blocks).{i}.attentions.{j}", "mid_block.attentions.{j}")
 _RESNETS = ("(down_blocks|up_blocks).{i}.resnets.{j}", "mid_block.resnets.{j}")
-_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")  # UNet, text encoders
 _KEYS, _TEXT = "attn2.to_k", "text_encoder:text_model.encoder.layers.{i}.self_attn.q_proj"
 _Layers = tuple[Linear | Conv2d | Embedding, ...]
 _GEGLU = tuple(
@@ -64,9 +64,11 @@ def _family(name: str, match: Match, layers: _Layers, prefixes: tuple[tuple[str,
         prefixes={"text_encoder": ("text_model.",)},
         bare_in_memory=("text_encoder",),
         kohya_prefixes={"unet": "lora_unet", **dict(prefixes)},
+        component_classes={component: _MODELS[component] for component, _ in prefixes},
     )
 
 
+_MODELS = {"text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
 _TYPES, _CLASSES = ("clip_text_model",), ("UNet2DConditionModel",)
 STABLE_DIFFUSION = _family(
     "stable-diffusion",

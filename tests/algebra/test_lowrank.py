@@ -195,3 +195,76 @@ def test_more_energy_never_needs_a_smaller_rank(sigma, one, two):
 @pytest.mark.parametrize(("sigma", "wanted"), [([0.0, 0.0], 1), ([1.0, 0.0, 0.0], 1), ([1.0, 1.0, 0.0], 2)])
 def test_all_energy_stops_where_the_spectrum_ends(sigma, wanted):
     assert rank.energy(torch.tensor(sigma), 1.0) == wanted
+
+
+def conditioned(m, r, condition, seed):
+    U, V = torch.linalg.qr(random(m, r, seed=seed))[0], torch.linalg.qr(random(r, r, seed=seed + 1))[0]
+    return U * torch.logspace(0, -float(torch.log10(torch.tensor(condition))), r, dtype=torch.float64) @ V
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 3e4, 1e6, 1e9])
+@pytest.mark.parametrize("cancel", [False, True], ids=["plain", "one side undoes the other"])
+def test_at_every_rank_the_error_is_within_a_millionth_of_the_optimum(condition, cancel):
+    up = conditioned(60, 12, condition, seed=1)
+    down = torch.linalg.pinv(up) @ conditioned(60, 50, 1e3, seed=5) if cancel else conditioned(50, 12, condition, 3).T
+    M = up @ down
+    sigma = torch.linalg.svdvals(M)
+    svd = lowrank.compress(up, down)
+    for keep in range(1, 12):
+        best = float(sigma[keep:].norm())
+        if best > 1e-9 * float(sigma[0]):  # nearer than that the product in fp64 is no reference
+            left, right = svd.balanced(keep)
+            assert float((left @ right - M).norm()) <= best * (1 + 1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(*(st.integers(1, 9) for _ in range(4)), st.integers(0, 10**6))
+def test_a_hadamard_product_of_products_is_one_product(m, n, r1, r2, seed):
+    up1, down1 = random(m, r1, seed=seed), random(r1, n, seed=seed + 1)
+    up2, down2 = random(m, r2, seed=seed + 2), random(r2, n, seed=seed + 3)
+    up, down = lowrank.hadamard_factors(up1, down1, up2, down2)
+    assert up.shape == (m, r1 * r2)
+    assert down.shape == (r1 * r2, n)
+    torch.testing.assert_close(up @ down, (up1 @ down1) * (up2 @ down2), rtol=1e-12, atol=1e-12)
+
+
+KRON = [((3, 4), (5, 2)), ((4, 4), (8, 6)), ((1, 3), (2, 2)), ((5, 1), (1, 7)), ((3, 2), (4, 5, 3, 3))]
+
+
+@pytest.mark.parametrize("shapes", KRON, ids=str)
+@pytest.mark.parametrize("independent", [1, 2, 9])
+def test_a_kronecker_product_is_factorised_by_its_small_parts(shapes, independent):
+    one = random(shapes[0][0], independent, seed=1) @ random(independent, shapes[0][1], seed=2)
+    two = random(*shapes[1], seed=3)
+    dense = torch.kron(one, two.flatten(1))
+    sigma = torch.linalg.svdvals(dense)
+    found = lowrank.kronecker(one, two)
+    torch.testing.assert_close(
+        found.sigma[: len(sigma)], sigma[: len(found.sigma)], rtol=0, atol=1e-11 * float(sigma[0])
+    )
+    torch.testing.assert_close(found.left * found.sigma @ found.right, dense, rtol=0, atol=1e-11)
+    up, down = lowrank.kronecker_factors(one, two)
+    assert up.shape[1] == torch.linalg.matrix_rank(dense, rtol=1e-12)
+    torch.testing.assert_close(up @ down, dense, rtol=0, atol=1e-11)
+    left, right = lowrank.kronecker_factors(one, two, rank=2)  # Eckart and Young
+    assert float((left @ right - dense).norm()) <= float(sigma[2:].norm()) + 1e-11
+    if len(shapes[1]) == 4:  # a kernel behind the columns: LoKr of a convolution
+        whole = torch.einsum("pq,stkl->psqtkl", one, two)
+        torch.testing.assert_close(dense.flatten(), whole.flatten(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_kronecker_product_of_products_needs_neither():
+    up, down, one = random(30, 3, seed=1), random(3, 20, seed=2), random(4, 4, seed=3)
+    found = lowrank.kronecker(one, lowrank.compress(up, down))
+    torch.testing.assert_close(found.left * found.sigma @ found.right, torch.kron(one, up @ down), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 5), (2, 3, 3)], ids=str)
+def test_a_tucker_core_folds_into_two_factors(kernel):
+    up, mid, down = random(7, 3, seed=1), random(3, 4, *kernel, seed=2), random(4, 6, seed=3)
+    whole = torch.einsum("ia,ab...,bj->ij...", up, mid, down)
+    ones = (1,) * len(kernel)
+    for shaped in (lambda f: f, lambda f: f.reshape(*f.shape, *ones)):
+        left, right = lowrank.tucker_factors(shaped(up), mid, shaped(down))
+        assert left.shape == (7, 3)
+        torch.testing.assert_close(left @ right, whole.flatten(1), rtol=1e-12, atol=1e-12)

@@ -1,5 +1,6 @@
-"""The truncated SVD of a dense update against torch.linalg.svd: at most 1 % above the best residual."""
+"""The truncated SVD of a dense update against torch.linalg.svd in fp64: near the best, and not farther than it says."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratool.algebra import panels as panels_module
+from loratool.algebra import rank as rank_rules
 from loratool.algebra import svd
 
 
@@ -114,7 +117,7 @@ def test_products_by_panels_are_the_products(m, n, cuts, transposed):
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
 def test_a_residual_formed_in_many_tiles_is_the_residual(transposed, monkeypatch):
-    monkeypatch.setattr(svd, "_TILE", 1)  # 64 rows at once, the least there is
+    monkeypatch.setattr(panels_module, "_TILE", 1)  # 64 rows at once, the least there is
     stored = MATRICES["power law 0.3"](300, 200)
     D = stored.T if transposed else stored
     panels = svd.Panels(in_panels(stored, (70, 250)), (300, 200), transposed=transposed)
@@ -152,3 +155,163 @@ def test_orthonormal_spans_the_columns(m, k, seed, scale):
     torch.testing.assert_close(Q.T @ Q, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-5)
     rest = Y.double() - Q @ (Q.T @ Y.double())
     assert float(rest.norm()) <= 1e-4 * float(Y.double().norm())
+
+
+# ---- qualities, adaptive ranks: matrices large enough that a basis is cheaper than the Gram
+
+LARGE = [(700, 560), (560, 700)]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    ),
+]
+DIGITS = 4e-8  # of the total energy, that sums of fp32 products do not resolve
+
+
+def cluster(m, n):
+    """24 equal singular values, then noise: the subspace inside the cluster is found slowly."""
+    noise = torch.randn(m, n, generator=torch.Generator().manual_seed(6)) / m**0.5
+    return noise + 3 * orthogonal(m, 24, 7).float() @ orthogonal(n, 24, 8).float().T
+
+
+SPECTRA = MATRICES | {
+    "power law 0.5": lambda m, n: power_law(m, n, 0.5),
+    "exponential": lambda m, n: with_spectrum(m, n, 0.9 ** torch.arange(400, dtype=torch.float64)),
+    "cluster": cluster,
+    "exact rank 100": lambda m, n: with_spectrum(m, n, torch.linspace(3, 1, 100, dtype=torch.float64)),
+}
+
+
+def error_of(matrix, factors):
+    return float((matrix.double().cpu() - (factors.left * factors.sigma @ factors.right).cpu()).square().sum())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_each_quality_keeps_its_promise_and_its_estimate_bounds_the_excess(name, shape, device):
+    D = SPECTRA[name](*shape)
+    sigma = torch.linalg.svdvals(D.double())
+    total = float(sigma.square().sum())
+    for rank in (3, 24, 60):
+        best = float(sigma[rank:].square().sum())
+        for quality, tolerance in svd.QUALITIES.items():
+            out = svd.truncate(svd.Panels.of(D.to(device)), rank, seed=1, quality=quality)
+            measured = error_of(D, out.factors)
+            assert out.total == pytest.approx(total, rel=1e-9)
+            assert out.residual == pytest.approx(measured, rel=1e-3, abs=1e-12 * total)
+            assert out.excess <= tolerance
+            assert measured <= best * (1 + out.excess) ** 2 + DIGITS * total
+            assert len(out.sigma) >= len(out.factors.sigma)
+
+
+RULES = {
+    "energy 0.5": partial(rank_rules.energy, share=0.5),
+    "energy 0.9": partial(rank_rules.energy, share=0.9),
+    "error 0.2": partial(rank_rules.error, limit=0.2),
+    "ratio 4.5": partial(rank_rules.ratio, limit=4.5),
+    "sv_fro 0.8": partial(rank_rules.sv_fro, target=0.8, size=560),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_rank_found_on_the_way_is_that_of_the_whole_spectrum(name, rule):
+    D = SPECTRA[name](*LARGE[0])
+    sigma = torch.linalg.svdvals(D.double())
+    wanted = RULES[rule](sigma)
+
+    def choose(known, beyond):
+        return RULES[rule](known, beyond=beyond)
+
+    out = svd.truncate(svd.Panels.of(D), choose, seed=2)
+    assert len(out.factors.sigma) == pytest.approx(wanted, abs=max(1, wanted // 50))
+    measured = error_of(D, out.factors)
+    assert out.residual == pytest.approx(measured, rel=1e-3, abs=1e-11 * out.total)
+    if rule.startswith(("energy", "error")):  # what was asked for is so of the factors, not of an estimate
+        share = 0.04 if rule.startswith("error") else 1 - float(rule.split()[1])
+        assert measured <= share * out.total * (1 + 1e-6)
+    capped = svd.truncate(svd.Panels.of(D), choose, seed=2, cap=5)
+    assert len(capped.factors.sigma) == min(5, wanted)
+
+
+def test_nothing_is_computed_twice_while_the_basis_grows():
+    passes = 0
+
+    def panels():
+        nonlocal passes
+        passes += 1
+        return [(0, 700, D)]
+
+    D = SPECTRA["power law 0.5"](*LARGE[0])
+    matrix = svd.Panels(panels, (700, 560))
+    out = svd.truncate(matrix, lambda s, b: rank_rules.energy(s, 0.6, b), seed=0, total=matrix.squared_norm())
+    assert passes == 1 + 2 * -(-len(out.sigma) // 64)  # the norm, and two for each block
+
+
+def test_a_delta_of_less_rank_than_asked_for_comes_out_as_it_is():
+    update = torch.randn(700, 5, generator=torch.Generator().manual_seed(1)) @ orthogonal(560, 5, 2).float().T
+    for quality in svd.QUALITIES:
+        out = svd.truncate(svd.Panels.of(update), 40, seed=0, quality=quality)
+        assert len(out.factors.sigma) == 5
+        assert out.residual <= 1e-10 * out.total
+        assert error_of(update, out.factors) <= 1e-10 * out.total
+        assert not bool(svd.truncated(svd.Panels.of(update), 40, 0, quality=quality).sigma[5:].any())
+    # the slight noise of a subtraction in fp32 is not taken for signal
+    weight = torch.randn(700, 560, generator=torch.Generator().manual_seed(3))
+    D = (weight + update) - weight
+    variance = 2 * rank_rules.rounding_variance(weight, torch.float32)
+    out = svd.truncate(svd.Panels.of(D), lambda s, b: rank_rules.noise(s, (700, 560), variance, b), seed=0)
+    assert len(out.factors.sigma) == 5
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["as stored", "transposed"])
+@pytest.mark.parametrize("quality", svd.QUALITIES)
+def test_large_matrices_may_be_streamed_and_transposed(quality, transposed):
+    stored = SPECTRA["power law 0.5"](*LARGE[0])
+    D = stored.T if transposed else stored
+    panels = svd.Panels(in_panels(stored, (100, 350, 690)), (700, 560), transposed=transposed)
+    out = svd.truncate(panels, 20, seed=3, quality=quality)
+    whole = svd.truncate(svd.Panels.of(D.contiguous()), 20, seed=3, quality=quality)
+    torch.testing.assert_close(out.factors.sigma, whole.factors.sigma, rtol=1e-3, atol=0)
+    assert out.residual == pytest.approx(error_of(D, out.factors), rel=1e-6)
+    again = svd.truncate(panels, 20, seed=3, quality=quality)
+    assert all(torch.equal(x, y) for x, y in zip(out.factors, again.factors, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["power law 1", "exact rank 8", "flat", "tiny values"])
+def test_the_error_of_rounded_factors_costs_one_pass(name, shape, dtype):
+    D = MATRICES[name](*shape)
+    panels = svd.Panels.of(D)
+    up, down = (f.to(dtype) for f in svd.truncated(panels, 10, seed=0).balanced(10))
+    measured = float((D.double() - up.double() @ down.double()).square().sum())
+    total = panels.squared_norm()
+    assert svd.squared_error(panels, up, down, total) == pytest.approx(measured, rel=1e-3, abs=1e-13 * total)
+
+
+def test_a_matrix_of_zeros_has_rank_one_and_no_error():
+    out = svd.truncate(svd.Panels.of(torch.zeros(700, 560)), 7, seed=0)
+    assert (out.total, out.residual, out.excess) == (0.0, 0.0, 0.0)
+    assert out.factors.left.shape == (700, 1)
+    assert out.factors.right.shape == (1, 560)
+
+
+def test_matrices_in_double_precision_are_multiplied_in_it():
+    D = orthogonal(600, 300, 1) * (0.8 ** torch.arange(300, dtype=torch.float64)) @ orthogonal(500, 300, 2).T
+    out = svd.truncate(svd.Panels.of(D), 30, seed=0)
+    torch.testing.assert_close(out.factors.sigma[:10], torch.linalg.svdvals(D)[:10], rtol=1e-12, atol=0)
+
+
+def test_an_orthonormal_basis_leaves_out_what_is_not_new():
+    generator = torch.Generator().manual_seed(1)
+    old = svd.orthonormal(torch.randn(200, 10, generator=generator))
+    Y = torch.cat([old[:, :4], torch.randn(200, 3, generator=generator), torch.zeros(200, 2)], dim=1)
+    Q = svd.orthonormal(Y, old, floor=1e-5)
+    assert Q.shape == (200, 3)
+    eye = torch.eye(13, dtype=torch.float64)
+    both = torch.cat([old, Q], dim=1).double()
+    torch.testing.assert_close(both.T @ both, eye, rtol=0, atol=1e-6)
+    assert svd.orthonormal(torch.zeros(20, 3)).shape == (20, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -209,6 +210,49 @@ def test_peft_adapts_exactly_what_the_targets_of_a_preset_mean(arch: Arch, live:
     assert (row["fp32_bytes"], row["bf16_bytes"]) == (4 * parameters, 2 * parameters)
 
 
+SPARSE = {**SIZES, "moe_intermediate_size": 12, "num_experts_per_tok": 2}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
+GATED = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 8,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+#: mixtures of experts with dense layers beside the experts, whose names on disk PEFT takes for the experts'
+MIXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": ("Qwen3Moe", {**SPARSE, "num_experts": 4, "mlp_only_layers": [0]}),
+    "qwen2-moe": ("Qwen2Moe", {**SPARSE, "num_experts": 4, "shared_expert_intermediate_size": 20}),
+    "glm4-moe": ("Glm4Moe", SPARSE | ROUTED),
+    "glm4-moe-lite": ("Glm4MoeLite", SPARSE | ROUTED | LATENT),
+    "deepseek-v2": ("DeepseekV2", SPARSE | ROUTED | LATENT),
+    "deepseek-v3": ("DeepseekV3", SPARSE | ROUTED | LATENT),
+    "qwen3-next": ("Qwen3Next", {**SPARSE, **GATED, "num_experts": 4, "shared_expert_intermediate_size": 20}),
+}
+
+
+@pytest.mark.parametrize("preset", ["mlp", "all-linear"])
+@pytest.mark.parametrize("kind", MIXED)
+def test_peft_adapts_the_same_layers_whichever_way_a_model_is_given(
+    arch: Arch, tmp_path: Path, kind: str, preset: str
+) -> None:
+    import transformers
+
+    name, settings = MIXED[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**settings))
+    model.save_pretrained(tmp_path / "one-by-one")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    model.config.save_pretrained(tmp_path / "config-alone")
+    wanted = r".*\.(mlp|experts|shared_experts?)\.(gate_up|gate|up|down)_proj" if preset == "mlp" else r"(?!lm_head).*"
+    expected = {n for n in meant(model, wanted) if not n.endswith((".gate", ".shared_expert_gate"))}  # routers
+    for way in ("one-by-one", "stacked", "config-alone"):
+        settings = arch("targets", way, "--preset", preset, "--json").json
+        assert adapted(copy.deepcopy(model), settings)[0] == expected, way
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert", "mixtral"])
 def test_the_text_of_targets_is_python_that_makes_the_same_config(arch: Arch, live: Live, kind: str) -> None:
     import peft
@@ -234,11 +278,19 @@ def test_targets_are_the_shortest_names_and_longer_only_where_those_mean_more(ar
 
 
 def test_a_preset_without_layers_says_which_have_some(arch: Arch, live: Live) -> None:
-    live("clip")
-    outcome = arch("targets", "model-clip", "--arch", "stable-diffusion")
+    live("mamba")
+    outcome = arch("targets", "model-mamba", "--preset", "attention")
     assert outcome.code == 3
-    assert "preset default" in outcome.err
-    assert "--preset attention, mlp, all-linear" in outcome.err
+    assert "preset attention" in outcome.err
+    assert "--preset default, all-linear" in outcome.err
+
+
+def test_the_text_encoders_of_images_have_default_targets_of_their_own(arch: Arch, live: Live) -> None:
+    model, folder = live("clip")
+    wanted = meant(model, r".*\.self_attn\.\w+")
+    settings = arch("targets", folder, "--json").json
+    assert sorted(settings["target_modules"]) == ["k_proj", "out_proj", "q_proj", "v_proj"]
+    assert adapted(model, settings)[0] == wanted
 
 
 def test_the_presets_of_the_command_are_those_of_the_operation() -> None:

@@ -116,6 +116,8 @@ FAMILIES = {
     "modernbert-ModernBertForMaskedLM": "model.layers.1.attn.Wqkv",
     "mixtral-MixtralForCausalLM-tie_word_embeddings=False": "model.layers.1.self_attn.v_proj",
     "qwen3-next-Qwen3NextForCausalLM-tie_word_embeddings=False": "model.layers.1.self_attn.q_proj",
+    "stable-diffusion-CLIPTextModel": "encoder.layers.1.self_attn.q_proj",
+    "stable-diffusion-xl-CLIPTextModelWithProjection": "text_model.encoder.layers.1.self_attn.q_proj",
 }
 ZOO = {str(one): one for one in zoo.every()}
 
@@ -137,6 +139,56 @@ def test_an_adapter_on_the_familys_own_targets_merges_as_in_peft_and_is_extracte
     assert extracted.code == 0, extracted.err
     loads_whole(zoo.build(one), "extracted").merge_and_unload().save_pretrained("again")
     assert_equal("again", "theirs", rtol=1e-4, atol=1e-5)
+
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize("width", [32, 1280], ids=["that of SD 3's", "SD XL's"])
+@pytest.mark.parametrize("projected", [False, True], ids=["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_names_of_a_text_encoder_are_those_of_its_own_class(projected: bool, width: int, cli: Cli) -> None:
+    """One model_type, and names in memory that differ by the class; what it projects to decides the component."""
+    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        return cls(transformers.CLIPTextConfig(**TEXT, projection_dim=width)).eval()
+
+    train(model(), target_modules=["q_proj", "fc1"])
+    merged = cli("merge", "base", "adapter", "-o", "merged")
+    assert merged.code == 0, merged.err
+    assert_equal("merged", "theirs")
+    extracted = cli("extract", "merged", "--base", "base", "-o", "extracted", "--rank", "3")
+    assert extracted.code == 0, extracted.err
+    loads_whole(model(), "extracted").merge_and_unload().save_pretrained("again")
+    assert_equal("again", "theirs", rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [True, False], ids=["with config.json", "by names"])
+def test_the_second_text_encoder_of_xl_is_told_from_the_first(config: bool, cli: Cli) -> None:
+    one = ZOO["stable-diffusion-xl-CLIPTextModelWithProjection"]
+    train(zoo.build(one), target_modules=["q_proj"])
+    if not config:
+        Path("base/config.json").unlink()
+    chosen = ("--arch", "stable-diffusion-xl")
+    assert cli("merge", "base", "adapter", "-o", "merged", *chosen).code == 0
+    assert_equal("merged", "theirs")
+    converted = cli("convert", "adapter", "--to", "kohya", "-o", "style.safetensors", *chosen)
+    assert converted.code == 0, converted.err
+    assert all(n.startswith("lora_te2_text_model_encoder") for n in load_file("style.safetensors"))
+    again = cli("merge", "base", "style.safetensors", "-o", "again", *chosen)
+    assert again.code == 0, again.err
+    assert_equal("again", "theirs")
+    assert cli("arch", "show", "base", *chosen).out.count("text_model.encoder.layers.{i}.self_attn.q_proj") == 1
 
 
 #: models whose files have one matrix an expert, or one for what is two in memory: PEFT knows the names in memory alone
@@ -229,6 +281,14 @@ NO_FAMILY: dict[str, tuple[str, str, dict[str, Any], list[str], list[str]]] = {
     "electra": ("ElectraForSequenceClassification", "ElectraConfig", _BERT, ["query", "value"], ["intermediate.dense"]),
     "layoutlm": ("LayoutLMForTokenClassification", "LayoutLMConfig", _BERT, ["query"], ["intermediate.dense"]),
     "openai-gpt": ("OpenAIGPTForSequenceClassification", "OpenAIGPTConfig", _GPT, ["attn.c_proj"], ["c_attn"]),
+    "ctrl": ("CTRLLMHeadModel", "CTRLConfig", {**_GPT, "dff": 48}, ["Wq", "Wv"], ["ffn.0"]),  # all in `transformer.`
+    "xlnet": (
+        "XLNetForSequenceClassification",
+        "XLNetConfig",
+        {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+        ["summary"],
+        ["layer_1", "layer_2"],
+    ),
 }
 
 
@@ -250,6 +310,15 @@ def test_a_model_of_no_family_is_read_from_its_config_and_that_is_said(name: str
     assert extracted.code == 0, extracted.err
     loads_whole(of_no_family(name), "extracted").merge_and_unload().save_pretrained("again")
     assert_equal("again", "theirs", rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NO_FAMILY)
+def test_an_adapter_of_no_family_is_described_and_resized(name: str, cli: Cli) -> None:
+    _, _, _, square, other = NO_FAMILY[name]
+    train(of_no_family(name), target_modules=square + other)
+    assert cli("inspect", "adapter").code == 0
+    resized = cli("resize", "adapter", "--rank", "1", "-o", "smaller")
+    assert resized.code == 0, resized.err
 
 
 @pytest.mark.parametrize("command", ["show", "targets", "detect"])

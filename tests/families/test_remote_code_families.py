@@ -370,3 +370,96 @@ def test_the_bare_model_s_modules_have_no_prefix(family: str, plugins):
     for path in (p for p in one.shapes if p.startswith(prefix)):
         assert architecture.in_memory("", path, model_class) == path.removeprefix(prefix)
         assert architecture.in_memory("", path, one.config["architectures"][0]) == path
+
+
+# -- a relative's base or adapter
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape) * 0.1
+
+
+def named(family: str, path: str, out: int, inputs: int, folder):
+    """An adapter on one weight, and its update."""
+    down, up = noise(4, inputs), noise(out, 4)
+    module = f"base_model.model.{path}"
+    write_adapter(
+        folder,
+        {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up},
+        target_modules=[path.rpartition(".")[2]],
+    )
+    return 2 * up.double() @ down.double()
+
+
+PHI = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+#: an adapter of the older spelling, its fused weight; the model of transformers with q, k, v apart, its config's sizes
+RELATIVES = {
+    "phi-msft": ("transformer.h.1.mixer.Wqkv", ("phi", "PhiForCausalLM", "PhiConfig", PHI)),
+    "phi-msft-grouped": ("transformer.h.1.mixer.Wqkv", ("phi", "PhiForCausalLM", "PhiConfig", PHI | {"num_key_value_heads": 2})),
+    "chatglm2": (
+        "transformer.encoder.layers.1.self_attention.query_key_value",
+        (
+            "glm",
+            "GlmForCausalLM",
+            "GlmConfig",
+            PHI | {"num_key_value_heads": 2, "head_dim": 10, "pad_token_id": 0, "eos_token_id": 1},
+        ),
+    ),
+    "qwen": ("transformer.h.1.attn.c_attn", ("qwen2", "Qwen2ForCausalLM", "Qwen2Config", PHI | {"num_key_value_heads": 4})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_fused_adapter_of_the_older_spelling_merges_into_todays_split_base(name: str, tmp_path, capsys):
+    path, (found, cls, config, sizes) = RELATIVES[name]
+    folder = record(tiny(found, cls, config, **sizes)).folder
+    weights = load_file(folder / "model.safetensors")
+    split = [f"model.layers.1.self_attn.{letter}_proj.weight" for letter in "qkv"]
+    heights = [weights[n].shape[0] for n in split]
+    delta = named(name, path, sum(heights), 24, tmp_path / "adapter")
+    assert run_main("merge", folder, tmp_path / "adapter", "-o", tmp_path / "out") == 3
+    family = name.removesuffix("-grouped")
+    assert f"every weight of this base: --arch {family}" in " ".join(capsys.readouterr().err.split())
+    assert run_main("merge", folder, tmp_path / "adapter", "-o", tmp_path / "out", "--arch", family) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for tensor, rows in zip(split, delta.split(heights), strict=True):
+        torch.testing.assert_close(merged.pop(tensor).double(), weights[tensor].double() + rows, rtol=0, atol=1e-6)
+    assert all(torch.equal(tensor, weights[n]) for n, tensor in merged.items())
+
+
+def test_weights_that_the_config_s_family_does_not_know_name_the_one_that_does(tmp_path, capsys):
+    """phi-msft files whose config.json was rewritten to say phi."""
+    one = next(s for s in SAMPLES if s.family == "phi-msft")
+    weights = {f"{path}.weight": noise(*shape) for path, shape in one.shapes.items()}
+    base_folder = write_base(tmp_path / "base", weights, **one.config | {"model_type": "phi"})
+    hidden = one.shapes["transformer.h.1.mixer.Wqkv"][1]
+    named("phi", "model.layers.1.self_attn.q_proj", hidden, hidden, tmp_path / "adapter")
+    assert run_main("arch", "detect", base_folder) == 0
+    assert "the phi family does not know" in (said := " ".join(capsys.readouterr().err.split()))
+    assert "--arch phi-msft" in said
+    assert run_main("merge", base_folder, tmp_path / "adapter", "-o", tmp_path / "out") == 3
+    assert "--arch phi-msft" in capsys.readouterr().err
+    assert run_main("merge", base_folder, tmp_path / "adapter", "-o", tmp_path / "out", "--arch", "phi-msft") == 0
+
+
+def test_codegen_with_the_projections_of_gpt_j_is_gpt_j(plugins):
+    """GPT-J with the rows that codegen's layout gives to q, k and v computes the same: so its names are aliases."""
+    import transformers
+
+    sizes = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 16, "rotary_dim": 4}
+    torch.manual_seed(0)
+    codegen = transformers.CodeGenForCausalLM(transformers.CodeGenConfig(**sizes)).eval()
+    gptj = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)).eval()
+    family, split = plugins.architecture("codegen"), {}
+    for name, value in codegen.state_dict().items():
+        path = name.removesuffix(".weight")
+        if not path.endswith("qkv_proj"):
+            split[name] = value
+            continue
+        for part, rows in family.layout(path, "", value.shape[0], {}).items():
+            spelled = f"{path.removesuffix('qkv_proj')}{part[-2]}_proj"
+            assert family.find(spelled).parts == (part,)
+            split[f"{spelled}.weight"] = value[[row for run in rows for row in run]]
+    gptj.load_state_dict(split)
+    tokens = torch.arange(7)[None]
+    torch.testing.assert_close(gptj(tokens).logits, codegen(tokens).logits)

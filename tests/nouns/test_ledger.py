@@ -57,6 +57,14 @@ def test_inline_bytes_are_followed_too():
     assert ledger.close([Input("in", {"alpha": alpha})], [], [TensorFile("out", (alpha,))]) == {"in": {"copied": 1}}
 
 
+def test_inline_bytes_that_are_read_in_parts_are_read_when_all_parts_are():
+    whole = TensorRef("a", (4, 2), "F32", (Inline(bytes(range(32))),))
+    panels = [Reader((whole.rows(0, 3).rows(1, 3),)), Reader((whole.rows(3, 4),))]
+    with pytest.raises(MismatchError, match="accounts for a"):
+        ledger.close([Input("in", {"a": whole})], panels, [])
+    ledger.close([Input("in", {"a": whole})], [*panels, Reader((whole.rows(0, 1),))], [])
+
+
 def test_an_output_that_nothing_makes_is_an_error():
     blank = TensorFile("out", (TensorRef("new", (4, 2), "F32"),))
     with pytest.raises(MismatchError, match="nothing makes new"):

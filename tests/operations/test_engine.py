@@ -266,9 +266,9 @@ def merged(tmp_path: Path, name: str, workers: int) -> Path:
 
 
 def test_a_merge_has_the_same_bytes_with_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loratool.operations import merge, panels
+    from loratool.operations import panels
 
-    monkeypatch.setattr(merge, "PANEL", 4096)  # so that one weight is cut into several units
+    monkeypatch.setattr(panels, "PANEL", 4096)  # so that one weight is cut into several units
     monkeypatch.setattr(panels, "TILE", 1024)
     write_sharded(tmp_path / "base", wide_llama())
     write_adapter(tmp_path / "adapter", factors(1, shapes=WIDE))

@@ -19,6 +19,7 @@ import loratool
 import loratool.operations.extract
 import loratool.operations.merge
 from loratool import operations
+from loratool.adapter import Weighted
 from loratool.api import open_adapter
 from loratool.operations import panels
 from loratool.plan import Plan
@@ -766,7 +767,7 @@ def big_stack(experts: int) -> torch.Tensor:
 def reads(monkeypatch):
     """(file, bytes) of every single tensor that is read, at whatever depth of a view; tiles are 64 rows high."""
     monkeypatch.setattr(panels, "TILE", 1)
-    monkeypatch.setattr(operations.merge, "PANEL", 1)
+    monkeypatch.setattr(panels, "PANEL", 1)
     found: list[tuple[str, int]] = []
     call = Loader.__call__
 
@@ -789,7 +790,7 @@ def test_a_merge_never_holds_more_than_one_expert_of_a_stack(tmp_path, reads, pl
     for experts in (6, 12):
         base = base_of(tmp_path / f"base{experts}", {STACK: big_stack(experts)}, CONFIG)
         family, opened = plugins.architecture("gpt-oss"), checkpoint.open_base(str(base))
-        plan = operations.merge.plan(opened, family, [(open_adapter(adapter, arch=family), 1.0)], out_name="")
+        plan = operations.merge.plan(opened, family, [Weighted(open_adapter(adapter, arch=family))], out_name="")
         needed.append(scratch(plan))
         assert max(ref.nbytes for unit in plan.units for ref in unit.reads) == ROWS * 10 * 4
         loratool.merge(base, [adapter], tmp_path / f"out{experts}")

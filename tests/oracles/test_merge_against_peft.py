@@ -257,9 +257,9 @@ def test_a_model_saved_in_shards_keeps_them(saved, adapter_folder, run_model, tm
 @pytest.mark.parametrize("case", ["llama-embeddings", "gpt2", "unet", "clip"])
 def test_weights_cut_into_many_panels_and_tiles_are_whole(case, saved, adapter_folder, tmp_path, monkeypatch):
     from loratool.engine import Resources
-    from loratool.operations import merge, panels
+    from loratool.operations import panels
 
-    monkeypatch.setattr(merge, "PANEL", 1)  # 64 rows a panel, the least there is
+    monkeypatch.setattr(panels, "PANEL", 1)  # 64 rows a panel, the least there is
     monkeypatch.setattr(panels, "TILE", 1)
     kind, config = CASES[case]
     wide = {

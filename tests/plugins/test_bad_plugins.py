@@ -116,6 +116,29 @@ WRONG = {
     "a match that is a tuple": (plugin(family().replace("Match(model_types=('toy',))", "('toy',)")), "match"),
     "model types without their comma": (plugin(family().replace("('toy',)", "'toy'")), "model_types"),
     "default targets without their comma": (plugin(family().replace("('w',)", "'w'")), "default_targets"),
+    "roles without their comma": (plugin(family(layers="Linear('blocks.{i}.w', roles='q')")), "roles"),
+    "a group that is a number": (plugin(family(layers="Linear('blocks.{i}.w', group=5)")), "group"),
+    "a component that is a tuple": (plugin(family(layers="Linear('blocks.{i}.w', component=('unet',))")), "component"),
+    "an order of experts that is a text": (plugin(family(layers="Experts('blocks.{i}.w', in_out='no')")), "in_out"),
+    "a condition that is a dict": (plugin(family().replace("('toy',))", "('toy',), when={'a': 1})")), "when"),
+    "shapes without their inner tuple": (
+        plugin(family().replace("('toy',))", "('toy',), shapes=('blocks.{i}.w', 'inp == 8'))")),
+        "shapes",
+    ),
+    "a kohya prefix for no component": (plugin(family(more=", kohya_prefixes='lora'")), "kohya_prefixes"),
+    "a kohya prefix that is a tuple": (plugin(family(more=", kohya_prefixes={'': ('lora',)}")), "kohya_prefixes"),
+    "tied paths without their inner tuple": (plugin(family(more=", tied=('a.w', 'b.w')")), "tied"),
+    "a tie that is a text": (plugin(family(more=", tied_by_default='yes'")), "tied_by_default"),
+    "prefixes that are a tuple": (plugin(family(more=", prefixes=('model.',)")), "prefixes"),
+    "parts without their comma": (
+        plugin(family(more=", fused=(Fused('blocks.{i}.w', 'qk', concat(parts=2)),)")),
+        "parts",
+    ),
+    "a size that is a fraction": (
+        plugin(family(more=", fused=(Fused('blocks.{i}.w', ('q', 'k'), concat(0.5, 0.5)),)")),
+        "widths",
+    ),
+    "likeness to a class": (plugin(family(more=", like=Architecture")), "like"),
     "a prefix that is no tuple": (plugin(family(more=", prefixes={'': 'model.'}")), "prefixes"),
     "a pattern with a wildcard": (plugin(family(layers="Linear('blocks.*.w')")), "blocks.*.w"),
     "a pattern with nested choices": (plugin(family(layers="Linear('b.((a|b)|c).w')")), "b.((a|b)|c).w"),
@@ -192,6 +215,76 @@ def test_an_installed_plugin_that_is_wrong_is_left_out_by_name_and_every_command
     families = {row["family"] for row in json.loads(cli("arch", "list", "--json").out)}
     assert {"good", "llama"} <= families
     assert "toy" not in families
+
+
+#: commands that miss a family, and may miss it because its plugin was left out
+MISSING = {
+    "merge": ("merge", "toy", "toy-adapter", "-o", "out", "--arch", "toy"),
+    "merge a model": ("merge", "toy", "toy-adapter", "-o", "out"),
+    "show": ("arch", "show", "toy_family"),
+    "check": ("arch", "check", "toy_family"),
+    "show a model": ("arch", "show", "./toy"),
+    "targets": ("arch", "targets", "./toy"),
+    "detect": ("arch", "detect", "./toy"),
+    "show another family": ("arch", "show", "llama"),
+    "check another family": ("arch", "check", "llama"),
+}
+
+
+@pytest.mark.parametrize("command", MISSING)
+def test_a_plugin_that_was_left_out_is_named_where_its_family_is_missed(
+    command: str, cli: Cli, installs: Installs, tmp_path: Path
+) -> None:
+    toy(tmp_path)
+    (tmp_path / "toy/config.json").unlink()  # without a family its square weights are refused
+    installs("acme", toy=plugin(family(), hook="register_architecture"))
+    outcome = cli(*MISSING[command])
+    assert "acme" in outcome.err
+    assert "register_architecture" in outcome.err
+    assert outcome.err.count("acme_toy") == 1 or outcome.err.count("plugin toy") == 1
+
+
+@pytest.mark.parametrize("command", MISSING)
+def test_a_name_that_two_plugins_contest_is_said_where_it_is_missed(
+    command: str, cli: Cli, installs: Installs, tmp_path: Path
+) -> None:
+    toy(tmp_path)
+    (tmp_path / "toy/config.json").unlink()
+    for name in ("acme", "zenith"):
+        installs(name, toy=plugin(family()))
+    outcome = cli(*MISSING[command])
+    assert "both acme and zenith define" in outcome.err
+
+
+def test_a_condition_that_cannot_be_asked_of_a_config_is_said_and_stops_nothing(
+    cli: Cli, installs: Installs, tmp_path: Path
+) -> None:
+    write_base(tmp_path / "scaled", rope_scaling={"type": "linear", "factor": 2})
+    layers = "Linear('model.layers.{i}.self_attn.(q_proj|k_proj|v_proj|o_proj)')"
+    when = family("odd", layers=layers, model_type="llama").replace(
+        "('llama',))", "('llama',), when='rope_scaling > 3')"
+    )
+    installs("acme", odd=plugin(when))
+    for command in (
+        ("merge", "scaled", "adapter", "-o", "out"),
+        ("arch", "show", "scaled"),
+        ("arch", "detect", "scaled"),
+    ):
+        outcome = cli(*command)
+        assert outcome.code == 0, outcome.err
+        assert "odd" in outcome.err
+        assert "acme" in outcome.err
+        assert "rope_scaling > 3" in outcome.err
+    assert merged_llama(tmp_path / "out")
+
+
+def test_a_condition_on_shapes_that_cannot_be_worked_out_is_no_fit(cli: Cli, tmp_path: Path) -> None:
+    toy(tmp_path)
+    (tmp_path / "toy/config.json").unlink()
+    match = "('toy',), shapes=(('blocks.{i}.w', 'inp/3 == 2'),))"
+    (tmp_path / "mine.py").write_text(plugin(family().replace("('toy',))", match), family("other")))
+    outcome = cli("arch", "detect", "./toy", "-p", "mine.py", "--json")
+    assert json.loads(outcome.out)["totals"]["family"] == "other"
 
 
 def test_a_plugin_file_that_registers_nothing_is_said(cli: Cli, tmp_path: Path) -> None:

@@ -388,6 +388,31 @@ def test_a_broken_plugin_does_not_stop_a_command_and_is_said(tmp_path):
     assert "no_such_module_anywhere" in result.stderr
 
 
+def test_the_metadata_of_a_distribution_is_parsed_once_however_many_plugins_it_has(installs, monkeypatch):
+    """It is parsed whenever it is asked, which took most of the time of `arch list`."""
+    installs("acme", **{f"toy{n}": family(f"toy{n}") for n in range(5)})
+    read = importlib.metadata.PathDistribution.read_text
+    parsed = []
+
+    def counted(distribution, filename):
+        if filename == "METADATA":
+            parsed.append(str(distribution._path))
+        return read(distribution, filename)
+
+    monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", counted)
+    plugins = load()
+    assert {p.distribution for p in plugins.loaded} >= {"acme", "loratool"}
+    assert {p.version for p in plugins.loaded if p.distribution == "acme"} == {"1.0"}
+    of_plugins = [p for p in parsed if "acme" in p or "loratool" in p]
+    assert len(of_plugins) == len(set(of_plugins)) >= 2
+
+
+def test_the_built_in_families_would_pass_what_is_asked_of_others():
+    for one in load(",".join(entry_points_of_the_project())).architectures():
+        one.validate_types()
+        one.validate()
+
+
 def test_an_unknown_family_or_format_lists_what_there_is():
     plugins = load("llama")
     with pytest.raises(UsageError) as caught:

@@ -1,0 +1,293 @@
+"""The arithmetic of each kind of delta: blocks of dW, and exact factors where they exist.
+
+`dense(delta, load, wide)` loads a delta and returns an object whose `block(W, rows, columns)` is dW for the output rows
+`rows` and the inputs `columns` (kernels flattened into them) of a weight, of which W is that very block. The formulas
+and their sources stand with the kinds in loratool.deltas; `wide` is the dtype of the arithmetic, fp32 or fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from loratool import deltas
+from loratool.algebra.deltas import as_matrices, is_finite
+from loratool.errors import InputError
+from loratool.plan import Load
+
+Rows = slice | torch.Tensor  # of a block: a stretch, or row numbers
+
+
+class Dense:
+    """A loaded delta. `needs_inputs`: a block must have all inputs of its rows, or `survey` must have seen them."""
+
+    needs_inputs = False
+
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        self.delta, self.transposed = delta, transposed
+        self.tensors = [load(ref).to(wide) for ref in delta.refs]
+        for ref, tensor in zip(delta.refs, self.tensors, strict=True):
+            if not is_finite(tensor):
+                raise InputError("the adapter's tensors hold NaN or infinity", where=ref.name)
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        """Return dW (rows, columns) where the weight is W (rows, columns)."""
+        raise NotImplementedError
+
+    def survey(self, blocks: Iterable[tuple[torch.Tensor, Rows, slice]]) -> None:
+        """See the whole weight before the first block, once, where blocks do not have all inputs."""
+
+    def put(self, target: torch.Tensor, picked: Rows, rows: Rows, columns: slice) -> None:
+        """Put into `target[picked]`, which is such a block, what takes its place, of kinds that replace a weight."""
+        raise NotImplementedError
+
+
+class _LowRank(Dense):
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        super().__init__(delta, load, wide, transposed=transposed)
+        self.up, self.down = lora_factors(delta, self.tensors)
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        return float(self.delta.scaling) * (self.up[rows] @ self.down[:, columns])
+
+
+class _Dora(Dense):
+    needs_inputs = True
+
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        super().__init__(delta, load, wide, transposed=transposed)
+        self.inner = _LowRank(delta.inner, load, wide, transposed=transposed)
+        self.magnitude = self.tensors[-1].flatten()  # (out,)
+        self.squared: torch.Tensor | None = None  # norms (out,), where they had to be found beforehand
+
+    def survey(self, blocks: Iterable[tuple[torch.Tensor, Rows, slice]]) -> None:
+        self.squared = torch.zeros_like(self.magnitude)
+        for W, rows, columns in blocks:
+            self.squared[rows] += (W + self.inner.block(W, rows, columns)).square().sum(dim=1)
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        moved = W + self.inner.block(W, rows, columns)
+        squared = moved.square().sum(dim=1) if self.squared is None else self.squared[rows]
+        return moved * (self.magnitude[rows] / squared.sqrt())[:, None] - W
+
+
+class _Full(Dense):
+    @property
+    def value(self) -> torch.Tensor:
+        """(out, in x kernel), a view of the one tensor."""
+        matrix = self.tensors[0].reshape(*self.tensors[0].shape[:1] or (1,), -1)
+        return matrix.T if self.transposed else matrix
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        return float(self.delta.scaling) * self.value[rows, columns]
+
+
+class _Replace(_Full):
+    def put(self, target: torch.Tensor, picked: Rows, rows: Rows, columns: slice) -> None:
+        target[picked] = self.value[rows, columns]
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        return self.value[rows, columns] - W
+
+
+class _Tokens(Dense):
+    """Rows of the stored matrix are the inputs of an embedding, (dim, entries), and the outputs of a head."""
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        moved = W.clone()
+        self.put(moved, slice(None), rows, columns)
+        return moved - W
+
+    def put(self, target: torch.Tensor, picked: Rows, rows: Rows, columns: slice) -> None:
+        values = self.tensors[0]  # (n, dim)
+        run = columns if self.transposed else rows
+        if not isinstance(run, slice):
+            raise InputError("trained tokens of a weight that is fused or split", where=self.delta.name)
+        start, stop = run.start or 0, (run.start or 0) + target.shape[1 if self.transposed else 0]
+        for n, index in enumerate(self.delta.indices):
+            if start <= index < stop and self.transposed:
+                target[picked, index - start] = values[n, rows]
+            elif start <= index < stop:
+                target[index - start] = values[n, columns]
+
+
+class _LoHa(Dense):
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        super().__init__(delta, load, wide, transposed=transposed)
+        w1_a, w1_b, w2_a, w2_b, *cores = self.tensors
+        if cores:  # up (out, r), and the core folded into down
+            (w1_a, w1_b), (w2_a, w2_b) = _with_core(w1_a, w1_b, cores[0]), _with_core(w2_a, w2_b, cores[1])
+        self.pairs = ((w1_a, w1_b), (w2_a, w2_b))
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        (w1_a, w1_b), (w2_a, w2_b) = self.pairs
+        return float(self.delta.scaling) * (w1_a[rows] @ w1_b[:, columns]) * (w2_a[rows] @ w2_b[:, columns])
+
+
+class _LoKr(Dense):
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        super().__init__(delta, load, wide, transposed=transposed)
+        self.w1, self.w2 = kronecker_pair(delta, self.tensors)
+        self.whole: torch.Tensor | None = None
+        if delta.on_last:  # (1, out1, in1) with (out2, in2, kernel)
+            self.whole = torch.kron(self.w1[None], self.w2.contiguous()).reshape(delta.shape[0], -1)
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        if self.whole is not None:
+            return float(self.delta.scaling) * self.whole[rows, columns]
+        (out1, in1), (out2, in2, kernel) = self.w1.shape, self.w2.shape
+        every = torch.arange(out1 * out2, device=self.w1.device)[rows]
+        one, two = self.w1[every // out2], self.w2[every % out2]  # (n, in1), (n, in2, kernel)
+        whole = torch.einsum("na,nbk->nabk", one, two).reshape(len(every), in1 * in2 * kernel)
+        return float(self.delta.scaling) * whole[:, columns]
+
+
+class _Vera(Dense):
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        lambda_b, lambda_d, A, B = self.tensors
+        up = lambda_b[rows, None] * B[: len(lambda_b)][rows]
+        start = columns.start or 0
+        return up @ (lambda_d[:, None] * A[:, start : start + W.shape[1]])
+
+
+class _Oft(Dense):
+    needs_inputs = True
+
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        super().__init__(delta, load, wide, transposed=transposed)
+        size, vectors = delta.size, self.tensors[0]
+        row, column = torch.triu_indices(size, size, 1, device=vectors.device)
+        Q = vectors.new_zeros(len(vectors), size, size)
+        Q[:, row, column] = vectors
+        self.R = cayley(Q - Q.transpose(1, 2), delta.terms)  # (n, size, size)
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        pieces = W.reshape(len(W), -1, self.delta.size)  # (rows, n, size)
+        R = self.R.expand(pieces.shape[1], -1, -1)
+        return torch.einsum("onk,njk->onj", pieces, R).reshape(W.shape) - W
+
+
+class _Boft(Dense):
+    needs_inputs = True
+
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        super().__init__(delta, load, wide, transposed=transposed)
+        raw, self.scale = self.tensors[0], self.tensors[1].flatten()  # (out,)
+        factors, blocks, size, _ = raw.shape
+        skew = 0.5 * (raw - raw.transpose(2, 3))
+        self.R = cayley(skew.flatten(0, 1), 0).view(factors, blocks, size, size)
+        self.orders = [_butterfly(blocks * size, blocks >> n, size // 2, factors) for n in range(factors)]
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        rotated = W
+        for R, order in zip(self.R, self.orders, strict=True):  # W P B^T P^T for each factor P B P^T of the product
+            mixed = rotated[:, order.argsort()].reshape(len(W), len(R), -1)
+            rotated = torch.einsum("onk,njk->onj", mixed, R).reshape(W.shape)[:, order]
+        return rotated * self.scale[rows, None] - W
+
+
+class _Ia3(Dense):
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        factors = self.tensors[0].flatten()
+        if not self.delta.of_inputs:
+            return W * (factors[rows, None] - 1)
+        kernel = 1 if self.transposed else W.shape[1] // len(factors)
+        return W * (factors.repeat_interleave(kernel)[columns] - 1)
+
+
+class _Taken(Dense):
+    """Some rows of another delta: row numbers are translated, W is as it comes."""
+
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        self.delta = delta
+        self.whole = dense(delta.of, load, wide, transposed=transposed)
+        self.needs_inputs = self.whole.needs_inputs
+        self.tensors = self.whole.tensors
+        self.rows = torch.tensor([row for run in delta.rows for row in run])
+
+    def survey(self, blocks: Iterable[tuple[torch.Tensor, Rows, slice]]) -> None:
+        self.whole.survey((W, self.rows[rows], columns) for W, rows, columns in blocks)
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        return self.whole.block(W, self.rows[rows], columns)
+
+
+_KINDS: dict[type[deltas.Delta], type[Dense]] = {
+    deltas.LowRank: _LowRank,
+    deltas.Dora: _Dora,
+    deltas.Full: _Full,
+    deltas.Replace: _Replace,
+    deltas.Tokens: _Tokens,
+    deltas.LoHa: _LoHa,
+    deltas.LoKr: _LoKr,
+    deltas.Vera: _Vera,
+    deltas.Oft: _Oft,
+    deltas.Boft: _Boft,
+    deltas.Ia3: _Ia3,
+    deltas.Taken: _Taken,
+}
+
+
+def dense(delta: deltas.Delta, load: Load, wide: torch.dtype, *, transposed: bool = False) -> Dense:
+    """Load a delta for arithmetic in `wide`. `transposed`: the stored weight is (in, out)."""
+    return _KINDS[type(delta)](delta, load, wide, transposed=transposed)
+
+
+def lora_factors(delta: deltas.LowRank, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (up (out, r), down (r, in x kernel)) of loaded down, up and mid; the scaling is not in them."""
+    down, up, *mid = tensors
+    up, down = as_matrices(up, down)
+    if not mid:
+        return up, down
+    if delta.has_core:
+        return _with_core(up.T, down, mid[0])
+    return up, mid[0].to(down.dtype).reshape(-1, 1) * down
+
+
+def _with_core(left: torch.Tensor, right: torch.Tensor, core: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return up (out, r) and down (r, in x kernel) of left (r, out), core (r, r, *kernel), right (r, in)."""
+    folded = torch.einsum("rsk,si->rik", core.flatten(2).to(right.dtype), right)
+    return left.T, folded.flatten(1)
+
+
+def kronecker_pair(delta: deltas.LoKr, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return w1 (out1, in1) and w2 (out2, in2, kernel) of LoKr's loaded tensors, products multiplied out."""
+    first, second = tensors[: len(delta.w1)], tensors[len(delta.w1) : len(delta.w1) + len(delta.w2)]
+    w1 = first[0] if len(first) == 1 else first[0] @ first[1]
+    if delta.t2 is not None:
+        up, down = _with_core(second[0], second[1], tensors[-1])
+        return w1, (up @ down).view(len(up), second[1].shape[1], -1)
+    w2 = second[0] if len(second) == 1 else second[0] @ second[1]
+    return w1, w2.reshape(*w2.shape[:2], -1)
+
+
+def cayley(Q: torch.Tensor, terms: int) -> torch.Tensor:
+    """Return (I - Q) (I + Q)^-1 of skew-symmetric Q (n, size, size).
+
+    With `terms` > 0 it is what PEFT trains with, a cut Neumann series for -Q: I + 2 Q + 2 Q^2 + ... + Q^last, where
+    last is terms - 1, or 3 with 3 terms (peft/tuners/oft/layer.py, 0.21.2).
+    """
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
+    if not terms:
+        solved: torch.Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
+        return solved
+    last = terms - 1 if terms < 3 else max(terms - 1, 3)
+    total, power = eye.clone(), eye
+    for n in range(1, last + 1):
+        power = power @ Q
+        total += power if n == last > 1 else 2 * power
+    return total
+
+
+def _butterfly(n: int, blocks: int, half: int, factors: int) -> torch.Tensor:
+    """Return the order in which a butterfly factor takes n inputs.
+
+    Within each of `blocks` blocks, even stretches of `half` inputs come before odd ones (peft/tuners/boft/layer.py).
+    """
+    inputs = torch.arange(n)
+    if factors == 1:
+        return inputs
+    stretches = inputs.view(blocks, -1, half)
+    return torch.cat([stretches[:, 0::2], stretches[:, 1::2]], dim=1).flatten()

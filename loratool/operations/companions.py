@@ -1,0 +1,82 @@
+"""What goes along with merged weights: config, tokenizer, licence, index; and what does not, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loratool.adapter import Adapter, Finding
+from loratool.operations.rebuilt import edited
+from loratool.plan import CopiedFile, JsonFile, OutFile, TensorFile
+from loratool.storage.checkpoint import Checkpoint, companions, is_inside, left_behind, tokenizer_files
+from loratool.storage.quantised import without_quantisation
+
+
+def companion_files(
+    base: Checkpoint,
+    weights: Sequence[TensorFile],
+    dtype: str,
+    changes: Mapping[str, Any],
+    adapters: Sequence[Adapter],
+    *,
+    decoded: bool = True,
+) -> tuple[list[OutFile], list[Finding]]:
+    """Return the files beside the weights, adapted to what changed, and findings on those that stay behind."""
+    files: dict[str, OutFile] = {}
+    findings: list[Finding] = []
+    for name in companions(base.folder):
+        if is_inside(Path(base.folder, name), Path(base.folder)):
+            files[name] = CopiedFile(name, f"{base.folder}/{name}")
+        else:
+            findings.append(Finding("warning", name, "not copied: it is a link that leads out of the base's folder"))
+    if base.config and "config.json" in files:
+        config = _config(base, dtype, changes, decoded=decoded)
+        if config != base.config:
+            files["config.json"] = JsonFile("config.json", config)
+    if "vocab_size" in changes:
+        findings += _tokenizer(files, adapters)
+    index = _index(base, weights)
+    if index:
+        files[index.name] = index
+    taken = {"README.md", *files, *base.files, *(file.name for file in weights)} | {f.where for f in findings}
+    left = left_behind(base.folder, taken)
+    if left:
+        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+        findings.append(Finding("info", base.path, f"not copied: {', '.join(left[:8])}{more}"))
+    return list(files.values()), findings
+
+
+def _config(base: Checkpoint, dtype: str, changes: Mapping[str, Any], *, decoded: bool) -> dict[str, Any]:
+    config = edited(base.config or {}, changes)
+    if dtype != "keep":
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    return without_quantisation(config) if base.quantised and decoded else config
+
+
+def _tokenizer(files: dict[str, OutFile], adapters: Sequence[Adapter]) -> list[Finding]:
+    """Take the tokenizer of an adapter with a vocabulary of its own: the base's does not know the new words."""
+    findings = []
+    for folder in dict.fromkeys(a.origin.path for a in adapters):
+        found = tokenizer_files(folder)
+        if found:
+            files.update({name: CopiedFile(name, f"{folder}/{name}") for name in found})
+            findings.append(Finding("info", folder, "the tokenizer is the adapter's, as the vocabulary is"))
+    if not findings:
+        what = "the vocabulary was resized, and no tokenizer lies beside the adapter: the base's is copied"
+        findings.append(Finding("warning", ", ".join(a.origin.path for a in adapters), what))
+    return findings
+
+
+def _index(base: Checkpoint, weights: Sequence[TensorFile]) -> OutFile | None:
+    """Return the index of a sharded output: the input's own where it still holds."""
+    if not base.index_name:
+        return None
+    source = Path(base.folder, base.index_name)
+    if all(file.header is not None for file in weights) and source.is_file():
+        return CopiedFile(base.index_name, str(source))
+    old = base.index.get("metadata")
+    total = sum(ref.nbytes for file in weights for ref in file.tensors)
+    weight_map = {ref.name: file.name for file in weights for ref in file.tensors}
+    metadata = {**(old if isinstance(old, dict) else {}), "total_size": total}
+    return JsonFile(base.index_name, {**base.index, "metadata": metadata, "weight_map": weight_map})

@@ -1,0 +1,49 @@
+"""Adapters of a base that was changed before training, made adapters of the original base.
+
+PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract the adapter that training starts from out of the base. What the training
+did to the original base is then scaling * (B A - B0 A0): the trained adapter less the initial one, exactly, of up to
+twice the rank. Source: peft/utils/save_and_load.py, subtract_mutated_init (0.21.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loratool.adapter import Adapter, Finding, Target
+from loratool.deltas import Delta, LowRank
+from loratool.errors import MismatchError
+
+
+def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
+    """Return the adapter relative to the original base: each delta, and less the delta that it started from."""
+    if not adapter.changed_base:
+        raise MismatchError(
+            "the base was not changed before this adapter was trained: there is nothing to take back",
+            where=adapter.origin.path,
+            hint="leave --init-adapter out",
+        )
+    started, trained = initial.low_rank("--init-adapter"), adapter.low_rank("--init-adapter")
+    if started.keys() != trained.keys():
+        odd = sorted(map(str, started.keys() ^ trained.keys()))
+        raise MismatchError(f"the initial adapter has other modules: {', '.join(odd[:4])}", where=initial.origin.path)
+    deltas: dict[Target, tuple[Delta, ...]] = {}
+    for target, found in trained.items():
+        before = started[target]
+        if [d.matrix_shape for d in found] != [d.matrix_shape for d in before]:
+            raise MismatchError(f"the initial adapter has another shape at {target}", where=initial.origin.path)
+        deltas[target] = (*found, *(_negative(d) for d in before))
+    findings = list(adapter.findings)
+    if adapter.changed_base.lower() == "loftq":
+        what = "LoftQ also quantised the base: what that changed is no part of the adapter and is not taken over"
+        findings.append(Finding("warning", adapter.origin.path, what))
+    return replace(
+        adapter,
+        deltas=deltas,
+        changed_base="",
+        findings=tuple(findings),
+        tensors={**adapter.tensors, **{f"initial {name}": ref for name, ref in initial.tensors.items()}},
+    )
+
+
+def _negative(delta: LowRank) -> LowRank:
+    return replace(delta, scaling=-delta.scaling)
