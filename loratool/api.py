@@ -1,7 +1,7 @@
 """The verbs as functions: open, look up, plan, run, write, report. The command line calls these and nothing else.
 
 Sources and outputs are paths. Every verb returns a Report; with `dry_run` it is the preview, and nothing is written.
-What the verbs share is in two groups of keyword arguments, `Reading` and `Running`.
+What the verbs share is in groups of keyword arguments (loratool.settings).
 """
 
 from __future__ import annotations
@@ -10,61 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, Unpack
 
 from loratool import engine, ledger
 from loratool.adapter import Adapter, Finding, Weighted
 from loratool.architecture import Architecture
-from loratool.detection import as_model, by_names_of, read_as, recognise
+from loratool.detection import as_model, by_names_of, of_config, read_as, recognise
 from loratool.engine import EVERYTHING, Progress, Resources
 from loratool.errors import FormatError, LoratoolError, MismatchError, UsageError
 from loratool.hookspecs import Format
 from loratool.operations.initial import without_initial
-from loratool.operations.resize import Rule
+from loratool.operations.ranks import ranking
 from loratool.plan import Plan, Report
 from loratool.plugins import Plugins, installed
+from loratool.settings import Applied, Extracting, Resizing, Settings, StrPath, split
 from loratool.storage import checkpoint
 from loratool.storage.target import check_target
-
-StrPath = str | Path
-
-
-class Reading(TypedDict, total=False):
-    """How adapters are read: family and format instead of detecting them, a lost alpha, and whether to open pickles."""
-
-    arch: str
-    format: str
-    alpha: float | None
-    allow_pickle: bool
-
-
-class Running(TypedDict, total=False):
-    """How a verb runs: only plan, replace an existing output, with which workers, device and memory."""
-
-    dry_run: bool
-    force: bool
-    resources: Resources
-    progress: Progress | None
-    plugins: Plugins | None
-
-
-class Applied(NamedTuple):
-    """An adapter as `merge` applies it: its weight, further ones of modules by pattern, and the modules it is used for.
-
-    `path` may be an adapter that is open already, such as `from_peft` gives. `init_adapter` is the adapter that the
-    training of a PiSSA-like one started from.
-    """
-
-    path: StrPath | Adapter
-    weight: float = 1.0
-    scales: Mapping[str, float] = {}
-    target: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    init_adapter: StrPath | Adapter = ""
-
-
-class Settings(Reading, Running):
-    """Both."""
 
 
 def inspect(
@@ -72,23 +33,26 @@ def inspect(
     *,
     spectrum: bool = False,
     check: bool = False,
+    curve: bool = False,
     base: StrPath = "",
     **settings: Unpack[Settings],
 ) -> Report:
     """Describe an adapter, from its header alone unless `spectrum` asks for singular values or `check` for defects.
 
+    `curve` adds the trade of size against error that `resize` can choose from.
+
     With a `base` it is a merged model that is described, by which of its tensors differ from those of the base.
     """
     from loratool.operations import inspect as operation
 
-    reading, running = _split(settings)
+    reading, running = split(settings)
     if base:
         return _inspect_merged(adapter, base, reading, running)
     try:
         opened = open_adapter(adapter, **reading)
     except LoratoolError as problem:
         raise _as_a_model(adapter, problem, reading, running) from None
-    plan = operation.plan(opened, _architecture(opened, running), spectrum=spectrum, check=check)
+    plan = operation.plan(opened, _architecture(opened, running), spectrum=spectrum, check=check, curve=curve)
     plan.preview.sources["adapter"] = str(adapter)
     plan.preview.totals["file_bytes"] = sum(p.stat().st_size for p in _files(Path(adapter)))
     return _finish(plan, [], None, **running)
@@ -148,7 +112,7 @@ def merge(
     """
     from loratool.operations import merge as operation
 
-    reading, running = _split(settings)
+    reading, running = split(settings)
     if isinstance(adapters, (str, Path, Mapping, Adapter)):
         raise UsageError("adapters must be a list of paths", hint="merge(base, [one, two], out, weights=[0.7, 0.4])")
     weights = list(weights) or [1.0] * len(adapters)
@@ -191,7 +155,7 @@ def _verify(
     running: Mapping[str, Any],
 ) -> None:
     """Open the output again and compute samples of it anew; compare what the models say where that is possible."""
-    from loratool.logits import compare
+    from loratool import logits
     from loratool.operations import merge as operation
     from loratool.operations import verify as verification
 
@@ -200,11 +164,14 @@ def _verify(
     resources = running.get("resources", EVERYTHING)
     done = engine.measure(verification.plan(units, report.out), resources, running.get("progress"))
     report.totals |= done.totals
-    difference, why_not = compare(base.path, adapters, report.out, resources.memory)
+    difference, why_not = logits.compare(base.path, adapters, report.out, resources.memory)
     if why_not:
         report.findings.append(Finding("info", "--verify", f"the models' outputs were not compared: {why_not}"))
-    else:
-        report.totals["logits_difference"] = difference
+        return
+    report.totals["logits_difference"] = difference
+    if not difference <= logits.TOLERANCE:
+        what = f"base with adapter and merged model differ by {difference:.2g} of the logits' spread"
+        raise LoratoolError(what, where=report.out, hint="do not use the output, and please report this bug")
 
 
 def _applied(
@@ -244,19 +211,25 @@ def extract(
     base: StrPath,
     out: StrPath,
     *,
-    rank: int,
     to: str = "peft",
     dtype: str = "float32",
     rest: str = "error",
+    quality: str = "balanced",
     target: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     arch: str = "",
     allow_pickle: bool = False,
-    **running: Unpack[Running],
+    allow_noop: bool = False,
+    **settings: Unpack[Extracting],
 ) -> Report:
-    """Extract the rank-`rank` delta of `tuned` against `base` into an adapter in the format `to`."""
+    """Extract the low-rank delta of `tuned` against `base` into an adapter in the format `to`.
+
+    `rest` ("error", "skip", "save"): what to do with changes that are no low-rank deltas. `quality` ("fast",
+    "balanced", "exact"): how near to the best possible factors.
+    """
     from loratool.operations import extract as operation
 
+    rule, pad_rank, running = ranking(settings)
     opened, opened_base = (checkpoint.open_base(str(path), allow_pickle=allow_pickle) for path in (tuned, base))
     architecture, notes = _family(opened, arch, running)
     notes += _unread(opened_base)
@@ -265,10 +238,13 @@ def extract(
         opened,
         opened_base,
         architecture,
-        Rule(rank=rank),
+        rule,
         format,
         dtype=dtype,
         rest=rest,
+        quality=quality,
+        pad_rank=pad_rank,
+        allow_noop=allow_noop,
         target=_patterns(target),
         exclude=_patterns(exclude),
         memory=running.get("resources", EVERYTHING).memory,
@@ -283,24 +259,31 @@ def resize(
     adapter: StrPath,
     out: StrPath,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
     dtype: str = "keep",
     target: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
-    **settings: Unpack[Settings],
+    drop: str | Sequence[str] = (),
+    init_adapter: StrPath = "",
+    curve: bool = False,
+    **settings: Unpack[Resizing],
 ) -> Report:
-    """Change the rank of an adapter, in its own format; modules that the globs leave out are dropped and named."""
+    """Change the rank of an adapter, in its own format; modules that the globs leave out are dropped and named.
+
+    `drop` is another word for `exclude`. `curve` reports the whole trade of size against error.
+    """
     from loratool.operations import resize as operation
 
-    reading, running = _split(settings)
-    rule = Rule(rank, energy)
-    opened = open_adapter(adapter, **reading).require_sound().selected(_patterns(target), _patterns(exclude))
+    rule, pad_rank, rest = ranking(settings)
+    reading, running = split(rest)
+    opened = _to_rewrite(adapter, init_adapter, reading, target, (*_patterns(exclude), *_patterns(drop)))
     format = _plugins(running).format(opened.origin.format)
     options = _spelling(format, Path(out), None)
-    plan = operation.plan(opened, _architecture(opened, running), rule, format, dtype=dtype, options=options)
+    architecture = _architecture(opened, running)
+    plan = operation.plan(
+        opened, architecture, rule, format, dtype=dtype, pad_rank=pad_rank, curve=curve, options=options
+    )
     plan.preview.sources["adapter"] = str(adapter)
-    return _finish(plan, [adapter], out, **running)
+    return _finish(plan, [adapter, *([init_adapter] if init_adapter else [])], out, **running)
 
 
 def convert(
@@ -311,27 +294,35 @@ def convert(
     target: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     drop_unmapped: bool = False,
+    base: StrPath = "",
+    init_adapter: StrPath = "",
     **settings: Unpack[Settings],
 ) -> Report:
-    """Write an adapter in the format `to`; the factors' bytes do not change."""
+    """Write an adapter in the format `to`; the factors' bytes do not change.
+
+    What is no plain pair of factors (AdaLoRA, LoHa, LoKr, an adapter less its `init_adapter`) is made one, exactly.
+    Of `base`, the model that the adapter is for, config.json is read: where the sizes of its layers matter.
+    """
     from loratool.operations import convert as operation
 
-    reading, running = _split(settings)
-    opened = open_adapter(adapter, **reading).require_sound().selected(_patterns(target), _patterns(exclude))
+    reading, running = split(settings)
+    config = _told_by(base, reading, running)
+    opened = _to_rewrite(adapter, init_adapter, reading, target, exclude)
     format = _plugins(running).format(to)
-    options = _spelling(format, Path(out), None)
+    options = _spelling(format, Path(out), config)
     plan = operation.plan(opened, _architecture(opened, running), format, options=options, drop_unmapped=drop_unmapped)
     plan.preview.sources["adapter"] = str(adapter)
-    return _finish(plan, [adapter], out, **running)
+    return _finish(plan, [adapter, *([init_adapter] if init_adapter else [])], out, **running)
 
 
-def compare(first: StrPath, second: StrPath, **settings: Unpack[Settings]) -> Report:
-    """Compare the updates of two adapters, whatever their formats and ranks."""
+def compare(first: StrPath, second: StrPath, *, base: StrPath = "", **settings: Unpack[Settings]) -> Report:
+    """Compare the updates of two adapters, whatever their formats and ranks; `base` is as for `convert`."""
     from loratool.operations import compare as operation
 
-    reading, running = _split(settings)
+    reading, running = split(settings)
+    config = _told_by(base, reading, running)
     one, two = (open_adapter(a, **reading).require_sound() for a in (first, second))
-    plan = operation.plan(one, two, _architecture(one, running))
+    plan = operation.plan(one, two, _architecture(one, running), config)
     plan.preview.sources |= {"first": str(first), "second": str(second)}
     return _finish(plan, [], None, **running)
 
@@ -362,12 +353,27 @@ def open_adapter(
     return formats[0].read(source, families)
 
 
-def _split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what opening adapters takes, and what running takes."""
-    for name in settings.keys() - Settings.__annotations__.keys():
-        raise TypeError(f"unexpected keyword argument {name!r}; there are {', '.join(Settings.__annotations__)}")
-    reading = {n: v for n, v in settings.items() if n in Reading.__annotations__ or n == "plugins"}
-    return reading, {n: v for n, v in settings.items() if n not in Reading.__annotations__}
+def _to_rewrite(
+    path: StrPath,
+    init_adapter: StrPath,
+    reading: Mapping[str, Any],
+    target: str | Sequence[str],
+    exclude: str | Sequence[str],
+) -> Adapter:
+    """Open an adapter that is to be written anew: sound, less what it started from, and only the chosen modules."""
+    opened = open_adapter(path, **reading)
+    if init_adapter:
+        opened = without_initial(opened, open_adapter(init_adapter, **reading))
+    return opened.require_sound().selected(_patterns(target), _patterns(exclude))
+
+
+def _told_by(base: StrPath, reading: dict[str, Any], running: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the model that adapters are for; it names their family where nothing else does."""
+    if not base:
+        return {}
+    config = checkpoint.config_of(str(base))
+    reading["arch"] = of_config(str(base), config, _plugins(running), reading.get("arch", "")) or ""
+    return config
 
 
 def _patterns(given: str | Sequence[str]) -> Sequence[str]:
@@ -397,9 +403,9 @@ def _unread(base: checkpoint.Checkpoint) -> list[Finding]:
     return [Finding("info", base.path, note) for note in base.notes]
 
 
-def _spelling(format: Format, out: Path, config: Mapping[str, object] | None) -> dict[str, str]:
-    """Return the options for writing a format: the file's name where the output is one file, the base's class."""
-    options = {}
+def _spelling(format: Format, out: Path, config: Mapping[str, object] | None) -> dict[str, Any]:
+    """Return the options for writing a format: the file's name where the output is one file, what the base is."""
+    options: dict[str, Any] = {"config": config or {}}
     is_file = out.suffix == ".safetensors"
     if out.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"):
         raise UsageError(f"{out.suffix} files are not written", where=out, hint=f"-o {out.with_suffix('.safetensors')}")

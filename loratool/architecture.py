@@ -228,7 +228,7 @@ class Architecture:
 
         `out` is the number of its output rows. MismatchError where the config lacks a size or they do not add up.
         """
-        for fused in self._fused_at(path, component):
+        for fused in self.fused_at(path, component):
             if expressions.holds(fused.when, config):
                 try:
                     rows = fused.layout.rows(out, config)
@@ -244,10 +244,11 @@ class Architecture:
 
     def parts_of(self, path: str, component: str) -> tuple[str, ...]:
         """Return the parts of a fused weight, `path[q]` and so on; empty if it is not fused."""
-        fused = next((f for f in self._fused_at(path, component) if f.layout.name != "stack"), None)
+        fused = next((f for f in self.fused_at(path, component) if f.layout.name != "stack"), None)
         return tuple(f"{path}[{name}]" for name in fused.parts) if fused else ()
 
-    def _fused_at(self, path: str, component: str) -> tuple[Fused, ...]:
+    def fused_at(self, path: str, component: str) -> tuple[Fused, ...]:
+        """Return what is fused under a path; several differ in `when`."""
         whole, bracket, inside = path.partition("[")
         known = self._canonical(component, whole) if component in self._lexicons else None
         if known is None or (bracket and not (known.axis and inside[:-1].isdecimal())):

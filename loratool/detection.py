@@ -43,9 +43,15 @@ def family_of(base: TensorSource, plugins: Plugins, name: str = "") -> Family | 
     family = _family_of(base, plugins, name)
     if family is None:
         return None
-    classes = (base.config or {}).get("architectures") or [""]
-    held = family.architecture.holding(str(classes[0]), matrices(base.tensors))
-    return family._replace(architecture=held)
+    classes = (base.config or {}).get("architectures")
+    model_class = str(classes[0]) if isinstance(classes, list) and classes else ""
+    return family._replace(architecture=family.architecture.holding(model_class, matrices(base.tensors)))
+
+
+def of_config(path: str, config: Mapping[str, Any], plugins: Plugins, name: str = "") -> Architecture | None:
+    """Return the family of a model of which nothing but the config is read."""
+    family = family_of(TensorSource(path, {}, {}, config), plugins, name)
+    return family.architecture if family else None
 
 
 def _family_of(base: TensorSource, plugins: Plugins, name: str) -> Family | None:
@@ -99,7 +105,8 @@ def by_names_of(
     every = plugins.architectures()
     some = _one_of_each(base)
     fitting = plainest([a for a in every if a.name != chosen.name and some and fits(a, some)], every)
-    for adapter in (a for a in adapters if a.origin.format and (not a.families or fitting)):
+    misread = not fits(chosen, some)
+    for adapter in (a for a in adapters if a.origin.format and (misread or not a.families)):
         path = adapter.origin.path
         both = next((a.name for a in fitting if _families_of(adapter, (a,), plugins)), "")
         if both:

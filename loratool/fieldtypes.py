@@ -18,7 +18,8 @@ _MANY = {str: "texts", int: "whole numbers"}
 
 def mistakes(record: Any) -> Iterator[str]:
     """Yield what is wrong with the fields of a dataclass, and with those of the dataclasses in them."""
-    for name, hint in _hints(type(record)):
+    kind: Any = type(record)
+    for name, hint in _hints(kind):
         value = getattr(record, name)
         if not holds(value, hint):
             yield f"{name} must be {_told(hint)}, not {_short(value)}"
@@ -30,7 +31,7 @@ def mistakes(record: Any) -> Iterator[str]:
 
 
 @cache
-def _hints(kind: type[Any]) -> tuple[tuple[str, Any], ...]:
+def _hints(kind: Any) -> tuple[tuple[str, Any], ...]:
     hints = get_type_hints(kind)
     return tuple((f.name, hints[f.name]) for f in fields(kind))
 

@@ -6,7 +6,7 @@ Write a plugin with `from loratool import hookimpl`; see docs/plugins.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pluggy
 
@@ -46,8 +46,11 @@ class Format(Protocol):
     def read(self, source: TensorSource, architectures: tuple[Architecture, ...]) -> Adapter:
         """Read the adapter; what cannot be used becomes error findings, never a silence."""
 
-    def write(self, adapter: Adapter, architecture: Architecture | None, options: Mapping[str, str]) -> Written:
-        """Spell the adapter in this format. `options`: `file` (name of the weights), `model_class` (of the base)."""
+    def write(self, adapter: Adapter, architecture: Architecture | None, options: Mapping[str, Any]) -> Written:
+        """Spell the adapter in this format.
+
+        `options`: `file` (name of the weights); `model_class` and `config` of the base, where it is at hand.
+        """
 
 
 @hookspec

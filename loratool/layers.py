@@ -15,7 +15,8 @@ class Layer:
 
     `group` is attention, mlp, experts, router, embedding, head, projection, conv ...; `roles` names the alternatives
     of the pattern's last choice, or is one role for all; without it the role is the last element of the path that is
-    not a number. `tower` is empty for the main model, else vision, audio, projector ...
+    not a number. `tower` is empty for the main model, else vision, audio, projector ... `parameter`: the weight is a
+    parameter of its own, which the pattern names, and not the `weight` of a module: PEFT must be told so.
     """
 
     pattern: str
@@ -23,6 +24,7 @@ class Layer:
     roles: tuple[str, ...] = ()
     component: str = ""
     tower: str = ""
+    parameter: bool = False
 
     kind: ClassVar[str] = "layer"
     #: The stored weight is the transpose of the (out, in) matrix that an adapter's up @ down forms.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loratool import dtypes, strictjson
 from loratool.adapter import Adapter
 from loratool.deltas import LowRank
+from loratool.detection import named_by
 from loratool.errors import MismatchError, UsageError
 from loratool.plan import JsonFile, TensorFile
 from loratool.plugins import installed
@@ -48,8 +49,7 @@ def from_peft(model: torch.nn.Module, adapter_name: str = "default") -> Adapter:
     source = TensorSource(where, tensors, {"format": "pt"}, _config(configs[adapter_name], base))
     plugins = installed()
     format, every = plugins.format("peft"), plugins.architectures()
-    told = _told(base)
-    named = tuple(a.holding(type(base).__name__) for a in every if a.match.fits(told))
+    named = tuple(a.holding(type(base).__name__) for a in named_by(_told(base), plugins)[0])
     adapter = format.read(source, named) if named else None
     return adapter if adapter and adapter.families else format.read(source, every)
 

@@ -17,6 +17,7 @@ from loratool.errors import LoratoolError
 from loratool.storage import checkpoint
 
 TOKENS = 16
+TOLERANCE = 0.1  # of the spread: two roundings to bfloat16 of a whole model stay well below
 
 
 def compare(base: str, adapters: Sequence[Weighted], merged: str, memory: int) -> tuple[float, str]:
@@ -49,7 +50,7 @@ def _obstacle(base: str, adapters: Sequence[Weighted], memory: int) -> str:
         return "PEFT opens folders in its own format"
     if not Path(base, "config.json").is_file():
         return "the base has no config.json"
-    opened = checkpoint.open_base(base)
+    opened = checkpoint.open_base(base, allow_pickle=True)  # it has been opened before, as the user allowed
     if not (opened.config or {}).get("model_type") or opened.quantised:
         return "transformers would not load this base in fp32 as it is"
     described = _shapes(opened.config or {})

@@ -81,6 +81,7 @@ def problems(architecture: Architecture, shapes: Shapes, config: Mapping[str, An
 def _contradictions(architecture: Architecture) -> list[Finding]:
     """Return what makes a family unusable, whatever the model; nothing else can be asked of it then."""
     try:
+        architecture.validate_types()
         family = _completed(architecture)
         family.validate()
     except LoratoolError as problem:
@@ -104,18 +105,23 @@ def _folded(found: list[Finding]) -> list[Finding]:
 def unmatched(architecture: Architecture, shapes: Shapes) -> list[Finding]:
     """Return a note for each pattern of a family that matches no tensor: a misspelling, or a layer that is optional.
 
-    What a family shares with another is that family's; of tied weights a file holds one.
+    What a family shares with another is that family's; of tied weights a file holds one, of the components often one.
+    Excluded weights are a matter of the file: what is misspelt there is a weight that no layer explains.
     """
     family = _completed(architecture)
-    paths = {p for _, known in _known(family, shapes) for p in _paths(known)}
+    found = [known for _, known in _known(family, shapes) if known]
+    paths = {p for known in found for p in _paths(known)}
+    components = {known.component for known in found} or {*family.components}
     present = {skeleton.text for skeleton, _ in family.skeletons() if any(skeleton.match(p) is not None for p in paths)}
     tied = {path for group in family.tied if paths & set(group) for path in group}
     parent = _parent(architecture)
     inherited = {skeleton.text for skeleton, _ in parent.skeletons()} if parent else set()
     return [
         Finding("info", skeleton.text, "matches no tensor")
-        for skeleton, _ in family.skeletons()
+        for skeleton, layer in family.skeletons()
         if skeleton.text not in present | tied | inherited
+        and layer.component in components
+        and not isinstance(layer, Excluded)
     ]
 
 

@@ -13,7 +13,7 @@ FLOORS = [
     ("formats", "storage"),
     ("operations", "engine"),
     ("plugins", "discovery"),
-    ("detection", "testing", "logits"),
+    ("detection", "testing", "logits", "settings"),
     ("api", "live"),
     ("demo",),
     ("cli",),

@@ -16,6 +16,7 @@ from loratool import deltas
 from loratool.algebra.deltas import as_matrices, is_finite
 from loratool.errors import InputError
 from loratool.plan import Load
+from loratool.tensors import TensorRef
 
 Rows = slice | torch.Tensor  # of a block: a stretch, or row numbers
 
@@ -74,22 +75,39 @@ class _Dora(Dense):
 
 
 class _Full(Dense):
-    @property
-    def value(self) -> torch.Tensor:
-        """(out, in x kernel), a view of the one tensor."""
-        matrix = self.tensors[0].reshape(*self.tensors[0].shape[:1] or (1,), -1)
-        return matrix.T if self.transposed else matrix
+    """A dense tensor: as large as the weight, so it is read in the rows that are wanted."""
+
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        self.delta, self.transposed, self.load, self.wide = delta, transposed, load, wide
+        self.tensors: list[torch.Tensor] = []
+
+    def value(self, rows: Rows, columns: slice) -> torch.Tensor:
+        """Return a block of the tensor as (out, in x kernel)."""
+        ref = self.delta.value
+        if self.transposed:
+            return self._read(ref.rows(columns.start or 0, ref.shape[0] if columns.stop is None else columns.stop)).T[
+                rows
+            ]
+        if isinstance(rows, slice) and rows.stop is not None:
+            return self._read(ref.rows(rows.start or 0, rows.stop))[:, columns]
+        return self._read(ref)[rows, columns]
+
+    def _read(self, ref: TensorRef) -> torch.Tensor:
+        tensor = self.load(ref).to(self.wide)
+        if not is_finite(tensor):
+            raise InputError("the adapter's tensors hold NaN or infinity", where=ref.name)
+        return tensor.reshape(ref.shape[0], -1)
 
     def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
-        return float(self.delta.scaling) * self.value[rows, columns]
+        return float(self.delta.scaling) * self.value(rows, columns)
 
 
 class _Replace(_Full):
     def put(self, target: torch.Tensor, picked: Rows, rows: Rows, columns: slice) -> None:
-        target[picked] = self.value[rows, columns]
+        target[picked] = self.value(rows, columns)
 
     def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
-        return self.value[rows, columns] - W
+        return self.value(rows, columns) - W
 
 
 class _Tokens(Dense):
@@ -201,7 +219,7 @@ class _Taken(Dense):
     """Some rows of another delta: row numbers are translated, W is as it comes."""
 
     def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
-        self.delta = delta
+        self.delta, self.transposed = delta, transposed
         self.whole = dense(delta.of, load, wide, transposed=transposed)
         self.needs_inputs = self.whole.needs_inputs
         self.tensors = self.whole.tensors

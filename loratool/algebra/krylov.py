@@ -38,8 +38,8 @@ class Basis:
 
     def grow(self) -> bool:
         """Add a block, by two passes over D; False where D has no further direction above its own rounding."""
-        Y = self._new(whiten(self._Z[-1])) if self._Z else self._new(self._random())  # (m, b)
-        if Y.shape[1] < self._block // 2:  # so few distinct singular values: what was missed takes another start
+        Y = self._new(whiten(self._Z[-1]) if self._Z else self._random())  # (m, b)
+        if self._Z and Y.shape[1] < self._block // 2:  # equal singular values hide others: those take another start
             Y = torch.cat([Y, self._new(self._random(), Y)], dim=1)
         if not Y.shape[1]:
             return False
@@ -52,7 +52,7 @@ class Basis:
         return True
 
     def _random(self) -> torch.Tensor:
-        return torch.randn(self.D.shape[1], self._block, generator=self._generator)  # G (n, b)
+        return whiten(torch.randn(self.D.shape[1], self._block, generator=self._generator))  # G (n, b)
 
     def _new(self, X: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """Return an orthonormal basis of what D X, X (n, b), adds to Q and others: no noise below D's rounding."""

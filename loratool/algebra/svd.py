@@ -46,7 +46,8 @@ class Truncation(NamedTuple):
 
     `factors` has the rank that was chosen; `total` is |D|^2 and `residual` the squared error that is left. The best
     possible error is at least sqrt(residual) / (1 + excess): estimated, and 0 where the factors are the optimum.
-    `sigma` holds every singular value that is known, at least those kept, descending.
+    `sigma` holds all singular values that were found on the way, descending: those beyond the rank are lower bounds,
+    unless the excess is 0.
     """
 
     factors: Factored
@@ -112,7 +113,7 @@ class _Task(NamedTuple):
 def _truncate(task: _Task, quality: str, start: int) -> Truncation:
     """Grow a basis until its rank and its excess are good enough; give way to the Gram where that is cheaper.
 
-    `start` is the size of the basis before which no check can succeed; half the rank, where that is known.
+    `start` is the size of the basis before which no check is worth it: twice the rank, where that is known.
     """
     D, choose, cap, seed, total = task
     smaller = min(D.shape)

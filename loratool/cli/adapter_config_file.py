@@ -9,7 +9,7 @@ from loratool.errors import UsageError
 from loratool.storage import jsonfile
 
 if TYPE_CHECKING:
-    from loratool.api import Applied
+    from loratool.settings import Applied
 
 _EXAMPLE = '{"adapters": [{"path": "style", "weight": 0.7, "exclude": ["lm_head"]}, {"path": "subject"}]}'
 _KEYS = {"path", "weight", "target", "exclude", "scales", "init_adapter"}
@@ -25,7 +25,7 @@ def read(file: Path) -> list[Applied]:
 
 
 def _applied(entry: Any, file: Path) -> Applied:
-    from loratool.api import Applied
+    from loratool.settings import Applied
 
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         raise UsageError(f"an adapter without a path: {entry}", where=file, hint=_EXAMPLE)

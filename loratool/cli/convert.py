@@ -14,6 +14,7 @@ EXAMPLES = """
 Examples:
   loratool convert my-adapter -o my-adapter.safetensors --to kohya
   loratool convert style.safetensors -o style --to peft
+  loratool convert my-adapter -o my-adapter.safetensors --to kohya --base base
 """
 
 
@@ -23,12 +24,18 @@ Examples:
 @click.option("--to", required=True, metavar="FORMAT", help="The format to write (see `loratool formats`).")
 @options.selecting
 @click.option("--drop-unmapped", is_flag=True, help="Leave out what the format cannot hold, and say what.")
+@options.base
+@options.init_adapter
 @options.reading
 @options.running
 def command(adapter: str, **settings: Any) -> Report:
     """Write an adapter in another format. Names and metadata change; the factors' bytes do not.
 
-    What the target cannot hold is listed before anything is written, and needs --drop-unmapped.
+    What is no plain pair of factors (AdaLoRA, LoHa, LoKr, a PiSSA adapter less its --init-adapter) becomes one,
+    exactly.
+
+    What the target cannot hold is listed before anything is written, and needs --drop-unmapped. Where q, k and v must
+    be cut or joined by the number of heads, --base names the model; only its config.json is read.
     """
     from loratool import api
 

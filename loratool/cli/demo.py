@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from loratool.cli import render
+from loratool.cli import options, render
 
 EXAMPLES = """
 \b
@@ -25,6 +25,7 @@ Examples:
     metavar="FOLDER",
     help="Where its files stay; what an earlier demo left there is replaced.",
 )
+@options.plugin
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(out: str, as_json: bool) -> int:
     """Train, inspect, merge, extract, resize and convert real adapters, and measure every promise.

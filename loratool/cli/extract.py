@@ -13,6 +13,8 @@ EXAMPLES = """
 \b
 Examples:
   loratool extract tuned --base base -o delta --rank 16
+  loratool extract tuned --base base -o delta --energy 0.9 --max-rank 64
+  loratool extract tuned --base base -o delta --rank auto --rest save
   loratool extract tuned --base base -o delta --rank 16 --target query --target value --rest skip
 """
 
@@ -21,16 +23,24 @@ Examples:
 @click.argument("tuned")
 @click.option("--base", required=True, metavar="PATH", help="The model that the fine-tune started from.")
 @options.writing
-@click.option("--rank", type=int, required=True, metavar="N", help="Rank of every module.")
+@options.ranks
+@click.option(
+    "--quality",
+    type=click.Choice(("fast", "balanced", "exact")),
+    default="balanced",
+    show_default=True,
+    help="How near to the best factors: within an estimated 2 %, 0.5 %, or exactly.",
+)
 @options.to
 @options.dtype("float32")
 @click.option(
     "--rest",
-    type=click.Choice(("error", "skip")),
+    type=click.Choice(("error", "skip", "save")),
     default="error",
     show_default=True,
-    help="When norms, biases or unselected modules changed too.",
+    help="When norms, biases or unselected modules changed too: save keeps what is no matrix whole.",
 )
+@click.option("--allow-noop", is_flag=True, help="Write an adapter of zeros where nothing changed.")
 @options.selecting
 @options.arch
 @options.allow_pickle
@@ -38,8 +48,15 @@ Examples:
 def command(tuned: str, base: str, **settings: Any) -> Report:
     """Extract the low-rank difference of a fine-tuned model and its base as an adapter.
 
-    A truncated SVD of each layer's difference, by randomised subspace iteration. `retained` is the share of the
-    squared change that the adapter keeps, `error` the relative distance that remains; both are measured.
+    A truncated SVD of each layer's difference, on a block Krylov basis. `retained` is the share of the squared change
+    that the adapter keeps, `error` the relative distance that remains; both are measured. `noise floor` is the part of
+    the change that the rounding of the two checkpoints alone can make: no rank is worth more than that.
+
+    Each rule is a bound from above; of several the least counts. --rank auto stops where singular values meet the noise
+    floor. --budget shares a file size out so that the total error is the least.
+
+    --rest save writes changed norms and biases, new heads and embeddings of another vocabulary as they are (PEFT:
+    modules_to_save and trained biases).
     """
     from loratool import api
 

@@ -14,6 +14,7 @@ EXAMPLES = """
 Examples:
   loratool inspect my-adapter
   loratool inspect my-adapter --spectrum -v
+  loratool inspect my-adapter --curve
   loratool inspect my-adapter --check
   loratool inspect tuned --check --base base         (did anything change?)
   loratool inspect style.safetensors --json
@@ -23,6 +24,7 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.argument("adapter")
 @click.option("--spectrum", is_flag=True, help="Singular values of every module, and the ranks that keep their energy.")
+@click.option("--curve", is_flag=True, help="The trade of size against error at every size, for `resize --budget`.")
 @click.option("--check", is_flag=True, help="Read the numbers, and look for what is broken or was never trained.")
 @click.option("--base", default="", metavar="PATH", help="With --check, of a merged model: the base it was made from.")
 @options.reading

@@ -77,6 +77,15 @@ def stack(*decorators: Decorator) -> Decorator:
     return apply
 
 
+base = click.option(
+    "--base", default="", metavar="PATH", help="The model it is for: its config.json tells family, class and sizes."
+)
+init_adapter = click.option(
+    "--init-adapter",
+    default="",
+    metavar="PATH",
+    help="What a PiSSA-like adapter was before training: makes it one of the original base.",
+)
 reading = stack(arch, format_, alpha, allow_pickle)
 selecting = stack(target, exclude)
 writing = stack(out, force, dry_run)
@@ -89,6 +98,64 @@ def _size(context: click.Context, parameter: click.Parameter, value: str) -> int
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
+def _rank(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    """A number, or the one word that the option knows."""
+    word = "engine" if parameter.name == "pad_rank" else "auto"
+    if value is None or value == word:
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"a number, or {word}") from None
+
+
+def _rank_for(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    found = {}
+    for value in values:
+        pattern, equals, rank = value.rpartition("=")
+        if not equals or not pattern or not rank.isdecimal():
+            raise click.BadParameter(f"{value!r}: PATTERN=N, such as q_proj=32")
+        found[pattern] = int(rank)
+    return found
+
+
+def _budget(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else _size(context, parameter, value)
+
+
+def _bound(name: str, what: str) -> Decorator:
+    return click.option(name, type=float, metavar="X", help=what)
+
+
+ranks = stack(
+    click.option(
+        "--rank", metavar="N|auto", callback=_rank, help="At most this rank in every module; auto: see above."
+    ),
+    _bound("--energy", "The least rank that keeps this share of the squared singular values."),
+    _bound("--error", "The least rank with at most this relative (Frobenius) error."),
+    _bound("--ratio", "Keep singular values of at least sigma_1 / X."),
+    _bound("--cumulative", "The least rank that keeps this share of the sum of singular values."),
+    _bound("--sv-ratio", "kohya's rule: one more than those above sigma_1 / X."),
+    _bound("--sv-fro", "kohya's rule: one more than keep this share of the Frobenius norm."),
+    _bound("--sv-cumulative", "kohya's rule: one more than keep this share of the sum."),
+    click.option("--max-rank", type=int, metavar="N", help="No rank above this one, whatever the rules say."),
+    click.option(
+        "--rank-for",
+        multiple=True,
+        metavar="PATTERN=N",
+        callback=_rank_for,
+        help="The rank of these modules, instead of the rules; the last that matches counts.",
+    ),
+    click.option(
+        "--budget", metavar="SIZE", callback=_budget, help="Size of the whole adapter, such as 50MB: ranks share it."
+    ),
+    click.option(
+        "--pad-rank",
+        metavar="N|engine",
+        callback=_rank,
+        help="Fill all modules up to one rank with zeros; engine: the next that vLLM takes.",
+    ),
+)
 memory = click.option(
     "--max-memory",
     "memory",

@@ -6,6 +6,7 @@ could obey them, and nothing foreign is ever read as markup.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SHOWN_ROWS = 12
-_DISPENSABLE = ("group", "shape", "down", "up", "norms", "role", "alpha", "ranks", "rank_before", "unchanged", "count")
+_DISPENSABLE = (
+    "parts", "group", "shape", "down", "up", "norms", "role", "alpha", "ranks", "rank_before", "unchanged", "count",
+    "bytes", "spectrum",
+)  # fmt: skip
 _UNSHOWN = ("sigma", "tensor", "scaling", "dtype")  # in the totals, or only in --json
 
 
@@ -137,15 +141,41 @@ def report(
     elif not quiet:
         console = _console()
         rows = content.rows if verbose or content.verb != "inspect" else _grouped(content.rows)
-        table(console, rows, limit=None if verbose else shown)
+        table(console, [_drawn(row) for row in rows], limit=None if verbose else shown)
+        _curve(console, content.totals.get("curve") or [])
         for name, value in content.totals.items():
-            if value not in ("", [], {}, None):
+            if value not in ("", [], {}, None) and name != "curve":
                 console.print(f"{name.replace('_', ' '):<16}", style="bold", end=" ")
                 console.print(_value(name, value))
         if content.out:
             verb = "would write" if content.dry_run else "wrote"
             console.print(f"{verb:<16}", style="bold", end=" ")
             console.print(clean(content.out))
+
+
+def _drawn(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its singular values as a sparkline, and the bound on a rank only until the rank is known."""
+    row = {name: value for name, value in row.items() if name != "rank_at_most" or "rank" not in row}
+    return {**row, "spectrum": _sparkline(row["sigma"])} if row.get("sigma") else row
+
+
+def _sparkline(values: Sequence[float], width: int = 12) -> str:
+    """Draw values, each the largest of its stretch, as blocks whose height is in proportion to the largest."""
+    width, most = min(width, len(values)), max(values) or 1.0
+    cuts = [len(values) * n // width for n in range(width + 1)]
+    tops = [max(values[a:b]) for a, b in itertools.pairwise(cuts)]
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * top / most))] for top in tops)
+
+
+def _curve(console: Console, points: list[dict[str, Any]]) -> None:
+    """Show the trade of size against error: a line of blocks, and eight of its points."""
+    if not points:
+        return
+    last = len(points) - 1
+    console.print(f"{'error by size':<16}", style="bold", end=" ")
+    console.print(_sparkline([p["error"] for p in points], 64))
+    some = [points[n] for n in sorted({round(last * n / 7) for n in range(8)})]
+    console.print(_grid(["bytes", "error"], some))
 
 
 def findings(found: Sequence[Finding]) -> None:

@@ -53,6 +53,11 @@ def require_path(word: str) -> None:
         return
     if "/" in word or word.endswith((".safetensors", ".json")):
         raise UsageError("no such file or folder", where=word)
+    known = family(word)
+    if known is not None:
+        what = f"{word} is a family" if known.name == word else f"{word} is a model_type of the {known.name} family"
+        hint = f"name a model's folder, weights or config.json; `loratool arch show {word}` shows the family"
+        raise UsageError(f"{what}, and a model is needed here", hint=hint)
     try:
         installed().architecture(word)
     except UsageError as problem:

@@ -50,6 +50,8 @@ def vera(parts: Tensors, shared_a: TensorRef | None, shared_b: TensorRef | None)
     if shared_a is None or shared_b is None:
         raise ValueError("vera_A and vera_B are not in the file: it was saved with save_projection=False")
     _require_matrices(shared_a, shared_b)
+    if len(lambda_b.shape) != 1 or len(lambda_d.shape) != 1:
+        raise ValueError(f"the lambdas must be vectors: {_shapes(parts)}")
     rank = lambda_d.shape[0]
     if (shared_a.shape[0], shared_b.shape[1]) != (rank, rank) or shared_b.shape[0] < lambda_b.shape[0]:
         raise ValueError(f"the shared matrices do not fit: {_shapes(parts)}")

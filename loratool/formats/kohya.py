@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Origin, Target
@@ -69,7 +70,7 @@ class Kohya:
             findings=(*findings, *broken),
         )
 
-    def write(self, adapter: Adapter, architecture: Architecture | None, options: Mapping[str, str]) -> Written:
+    def write(self, adapter: Adapter, architecture: Architecture | None, options: Mapping[str, Any]) -> Written:
         """Spell the adapter for sd-scripts: flat names, one alpha a module, the factors' bytes untouched."""
         if architecture is None:
             raise MismatchError(

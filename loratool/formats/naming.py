@@ -141,7 +141,8 @@ def resolve(
             found[architecture.name] = mapping
     clear = [name for name in found if name not in unclear]
     if found and not clear:
-        raise AmbiguityError(unclear[next(iter(found))], where=where)
+        hint = "the base tells: merge reads it, and convert and compare take --base MODEL"
+        raise AmbiguityError(unclear[next(iter(found))], where=where, hint=hint)
     if not found:
         return Readings()
     distances = {name: sum(k.distance for k in found[name].values()) for name in found}

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from loratool.adapter import Adapter, Origin, Target
 from loratool.architecture import Architecture, Known
 from loratool.errors import UsageError
-from loratool.formats import peft_deltas, peft_stacks
+from loratool.formats import peft_deltas, peft_stacks, peft_whole
 from loratool.formats.naming import error, lasting, resolve
 from loratool.formats.peft_config import EMBEDDED, WAY_OUT, Module, Scaling, class_of, make_config, read_config
 from loratool.formats.peft_live import all_conv1d, embeddings, live, naming_notes, told_as
@@ -100,7 +101,7 @@ class Peft:
             head_class=peft_deltas.head_class(config),
         )
 
-    def write(self, adapter: Adapter, architecture: Architecture | None, options: Mapping[str, str]) -> Written:
+    def write(self, adapter: Adapter, architecture: Architecture | None, options: Mapping[str, Any]) -> Written:
         """Spell the adapter for PEFT: its own names where it came from PEFT, in-memory names otherwise."""
         components = {t.component for t in adapter.deltas}
         if len(components) > 1:
@@ -109,7 +110,8 @@ class Peft:
                 where=adapter.origin.path,
                 hint=f"convert them one by one, for example --target '{min(components)}:**'",
             )
-        plain, stacks = live(adapter, architecture, options.get("model_class", ""))
+        adapter, beside = peft_whole.apart(adapter)
+        plain, stacks = live(adapter, architecture, options.get("model_class", ""), options.get("config") or {})
         notes = naming_notes(adapter, architecture, options)
         spelled_so = embeddings(adapter, architecture)
         tensors: list[TensorRef] = []
@@ -131,6 +133,9 @@ class Peft:
         modules = {target: name for target, name, _ in plain}
         tensors += [ref.renamed(f"{modules[t]}{BASE_COPY}") for t, ref in adapter.base_copies.items()]
         config = make_config(adapter, told)
+        more, fields = peft_whole.written(adapter, beside, modules, architecture, options.get("model_class", ""))
+        tensors += more
+        config |= {name: value for name, value in fields.items() if value or config.get(name)}
         if architecture is not None:  # PEFT warns where this field is not as the layers are
             config.setdefault("fan_in_fan_out", all_conv1d(adapter, architecture))
         metadata = {**lasting(adapter.metadata), "format": "pt"}

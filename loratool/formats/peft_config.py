@@ -56,6 +56,7 @@ _OF_TYPES = {
     "TRAINABLE_TOKENS": {"token_indices", "init_weights"},
     "LORA": set(),
 }  # fmt: skip
+_MOST_LAYERS = 10_000
 _SCALELESS = ("VERA", "OFT", "BOFT", "IA3", "TRAINABLE_TOKENS")
 _REPEAT = re.compile(r"\{(?:[0-9]+(?:,[0-9]*)?|,[0-9]*)\}")
 STACKED_SINCE = (0, 19)  # the version of PEFT since which factors of 3-D parameters lie as they do (peft_stacks)
@@ -92,7 +93,8 @@ def read_config(source: TensorSource) -> tuple[dict[str, Any], str, list[Finding
         elif name not in _HARMLESS and name not in _OF_TYPES[kind] and value:
             hint = "loratool does not know this field, and it may change what the adapter means"
             findings.append(error(f"adapter_config.json: {name}", f"unknown field, set to {_short(value)}", hint))
-    findings += _malformed(config)
+    for name in _malformed(config):  # nothing that reads the config may meet it
+        findings.append(error(f"adapter_config.json: {name}", f"malformed: {_short(config.pop(name))}"))
     return config, prefix, findings
 
 
@@ -116,19 +118,23 @@ def _embedded(source: TensorSource, findings: list[Finding]) -> tuple[dict[str, 
     return {name.removeprefix(prefix): value for name, value in config.items()}, prefix
 
 
-def _malformed(config: Mapping[str, Any]) -> list[Finding]:
-    """Return error findings for fields that have another form than they must have."""
-    wrong = []
+def _malformed(config: Mapping[str, Any]) -> list[str]:
+    """Return the fields that have another form than they must have."""
+    wrong = [name for name in ("modules_to_save", "target_parameters") if not _is_texts(config.get(name) or [])]
+    feedforward = config.get("feedforward_modules") or []
+    if not isinstance(feedforward, str) and not _is_texts(feedforward):
+        wrong.append("feedforward_modules")
     ranges = config.get("layer_replication") or []
-    pairs = isinstance(ranges, list) and all(isinstance(r, list) and len(r) == 2 for r in ranges)
-    if not pairs or not all(isinstance(n, int) and 0 <= n <= 10_000 for r in ranges for n in r) or len(ranges) > 1000:
+    pairs = isinstance(ranges, list) and all(isinstance(r, list) and list(map(type, r)) == [int, int] for r in ranges)
+    if not pairs or any(not 0 <= a < b for a, b in ranges) or sum(b - a for a, b in ranges) > _MOST_LAYERS:
         wrong.append("layer_replication")
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        wrong.append("modules_to_save")
     if config.get("bias", "none") not in (None, "none", "all", "lora_only", "boft_only", "oft_only", "vera_only"):
         wrong.append("bias")
-    return [error(f"adapter_config.json: {name}", f"malformed: {_short(config[name])}") for name in wrong]
+    return wrong
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _short(value: object) -> str:
@@ -165,6 +171,9 @@ class Scaling:
         if told is not None and told != rank and rank not in self.ranks.every(module):
             self.findings.append(error(module, f"the config says rank {told}, the tensors have rank {rank}"))
         alpha = self.alphas.first(module, self.alpha)
+        if not _is_number(rank) or rank <= 0:
+            self.findings.append(error(module, "the config says no rank (r), so the strength is unknown"))
+            return 1.0
         if not _is_number(alpha):
             return 1.0
         return float(alpha) / (sqrt(rank) if self.rslora else rank)

@@ -7,13 +7,14 @@ from dataclasses import replace
 from math import isqrt
 from typing import Any
 
+from loratool import dtypes
 from loratool.adapter import Finding, Target
 from loratool.architecture import Architecture
 from loratool.deltas import Delta, Dora, Full, LowRank, Replace, Tokens
 from loratool.formats import kinds, naming
 from loratool.formats.naming import Parts, error
 from loratool.formats.peft_config import Scaling, version_of
-from loratool.formats.peft_names import TOKENS, bare
+from loratool.formats.peft_names import OUTPUT, TOKENS, bare
 from loratool.tensors import TensorRef, joined, module_of, padded, zeros
 
 Deltas = dict[Target, tuple[Delta, ...]]
@@ -24,7 +25,6 @@ _HEADS = {
 }
 _HEAD_MODULES = ("score", "classifier", "qa_outputs")  # what PEFT trains in full for these tasks
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # what PEFT saves in full where the vocabulary was resized
-_OUTPUT = ".base_layer.out_proj"
 _TWICE_UNTIL = (0, 21)  # the version up to which PEFT applies the update of an attention's output twice
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -45,7 +45,7 @@ def paths(modules: Mapping[str, Parts]) -> dict[str, str]:
 
 def _attention_outputs(modules: Mapping[str, Parts]) -> dict[str, str]:
     """Return the output projections of torch's MultiheadAttention, and the attention that each belongs to."""
-    return {f"{m}{_OUTPUT}": m for m in modules if f"{m}{_OUTPUT}" in modules}
+    return {f"{m}{OUTPUT}": m for m in modules if f"{m}{OUTPUT}" in modules}
 
 
 def build(
@@ -123,6 +123,7 @@ def _lora(
     deltas: Deltas = {}
     for module, parts in modules.items():
         try:
+            _require_floats(parts.others)
             if TOKENS in parts.others:
                 naming.add(deltas, targets[module], _tokens(bare(module), parts.others[TOKENS], config))
                 if parts.down is None and parts.up is None:
@@ -139,7 +140,9 @@ def _lora(
         attention = outputs.get(module, module)  # by whose name alone PEFT looks up patterns
         name = told[attention]
         name = name.removesuffix(".in_proj_weight") if attention in outputs.values() else name
-        return scaler(name, rank) * (2 if module in outputs and twice else 1)
+        up = modules[module].up
+        told_rank = up.shape[1] if up is not None else rank  # of each group, where there are several
+        return scaler(name, told_rank) * (2 if module in outputs and twice else 1)
 
     twice = bool(outputs) and (version_of(config) or (0, 0)) <= _TWICE_UNTIL
     if twice:
@@ -156,6 +159,12 @@ def _lora(
         except ValueError as problem:
             broken.append(error(module, str(problem)))
     return deltas, findings + broken
+
+
+def _require_floats(others: Mapping[str, TensorRef]) -> None:
+    odd = [f"{name} is {ref.dtype}" for name, ref in others.items() if not dtypes.is_float(ref.dtype)]
+    if odd:
+        raise ValueError(", ".join(odd))
 
 
 def _beside(target: Target, delta: LowRank, parts: Parts, config: Mapping[str, Any]) -> dict[Target, Delta]:
@@ -202,7 +211,7 @@ def _tokens(module: str, values: TensorRef, config: Mapping[str, Any]) -> Tokens
     told = config.get("token_indices") or config.get("trainable_token_indices")
     if isinstance(told, dict):
         told = next((v for name, v in told.items() if module == name or module.endswith(f".{name}")), None)
-    if not isinstance(told, list) or not all(isinstance(n, int) and 0 <= n < 1 << 31 for n in told):
+    if not isinstance(told, list) or not told or not all(isinstance(n, int) and 0 <= n < 1 << 31 for n in told):
         raise ValueError("which tokens were trained does not stand in the config (trainable_token_indices)")
     if len(values.shape) != 2 or values.shape[0] != len(told) or len(set(told)) != len(told):
         raise ValueError(f"{len(told)} trained tokens in the config, {list(values.shape)} in the file")
@@ -256,9 +265,12 @@ def trained_whole(
         what = f"says that {', '.join(saved)} were trained in full, and the file has no such tensor"
         findings.append(error("adapter_config.json: modules_to_save", what, "was the adapter saved completely?"))
     for name, ref in whole.items():
-        if not _announced(bare(name), config):
+        if not _announced(bare(name), config) and not _is_vocabulary(bare(name), family):
             what = "a full tensor, which the config says nothing of (modules_to_save, bias)"
             findings.append(error(name, what, "it is refused so that it cannot be lost"))
+            continue
+        if not dtypes.is_float(ref.dtype) or not ref.shape:
+            findings.append(error(name, f"a trained tensor of dtype {ref.dtype} and shape {list(ref.shape)}"))
             continue
         naming.add(deltas, _whole_target(bare(name), family), Replace(ref))
     return deltas, findings
@@ -271,10 +283,16 @@ def _announced(name: str, config: Mapping[str, Any]) -> bool:
     return _names(saved, name) or (name.endswith(".bias") and config.get("bias") not in (None, "none"))
 
 
+def _is_vocabulary(name: str, family: Architecture | None) -> bool:
+    """Whether a tensor is one that PEFT saves by itself where the vocabulary was resized."""
+    known = family.find(name.removesuffix(".weight")) if family and name.endswith(".weight") else None
+    return known is not None and known.layer.group in ("embedding", "head")
+
+
 def _names(modules: Iterable[object], tensor: str) -> bool:
-    """Whether a tensor lies in one of these modules, which are named by an element of the path or several."""
-    inside = f".{tensor.rpartition('.')[0]}."
-    return any(isinstance(module, str) and f".{module}." in inside for module in modules)
+    """Whether a tensor lies in one of these modules, as PEFT takes their names: paths that end like them."""
+    inside = f"{tensor.rpartition('.')[0]}."
+    return any(isinstance(module, str) and f"{module}." in inside for module in modules)
 
 
 def _whole_target(name: str, family: Architecture | None) -> Target:

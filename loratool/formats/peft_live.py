@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from loratool.adapter import Adapter, Target
-from loratool.architecture import Architecture
+from loratool.architecture import Architecture, Slot
 from loratool.deltas import LowRank
 from loratool.errors import MismatchError
 from loratool.formats import peft_stacks
-from loratool.formats.peft_names import WRAPPER, bare
+from loratool.formats.peft_names import OUTPUT, WRAPPER, bare
 
 Plain = list[tuple[Target, str, LowRank]]  # with the module's name in the file
 Stacked = list[tuple[str, str, list[LowRank | None]]]  # the module's name in the file, its parameter, a delta each
 
 
-def live(adapter: Adapter, architecture: Architecture | None, model_class: str) -> tuple[Plain, Stacked]:
+def live(
+    adapter: Adapter, architecture: Architecture | None, model_class: str, config: Mapping[str, Any]
+) -> tuple[Plain, Stacked]:
     """Return what to write, by the names of the live model; what came from PEFT keeps the names it had."""
     deltas = adapter.low_rank("the PEFT format as it is written")
     from_peft = adapter.origin.format == "peft"
@@ -32,20 +35,35 @@ def live(adapter: Adapter, architecture: Architecture | None, model_class: str) 
     for target in (t for t in adapter.targets if t not in done):
         (delta,) = deltas[target]
         if from_peft and target in adapter.origin.modules:
+            if adapter.origin.modules[target].endswith(OUTPUT):
+                raise MismatchError(
+                    "PEFT gives both weights of a MultiheadAttention one rank, and up to 0.21 adds the second twice",
+                    where=str(target),
+                    hint="merge the adapter; or leave these modules out with --exclude",
+                )
             plain.append((target, adapter.origin.modules[target], delta))
             continue
         path = target.parts[0]
         slot = architecture.slot(target.component, path, model_class) if architecture else None
+        slot = slot or _alone(path, target.component, architecture, model_class)
         if slot and len(target.parts) == 1:
             into = placed.setdefault(slot.parameter, peft_stacks.Placed(target.component, slot.unmarked))
             into.parts[slot.number], into.deltas[path] = slot.parts, delta
         else:
-            pieces = _pieces(target, delta, architecture, model_class, adapter.origin.path)
+            pieces = _pieces(target, delta, architecture, model_class, config=config, where=adapter.origin.path)
             plain += [(target, WRAPPER + name, piece) for name, piece in pieces]
     for parameter, module in peft_stacks.nested(placed).items():
         each = placed[parameter].each(parameter)
         stacks.append((WRAPPER + module, parameter, _ordered(each, unmarked=placed[parameter].unmarked)))
     return plain, stacks
+
+
+def _alone(path: str, component: str, architecture: Architecture | None, model_class: str) -> Slot | None:
+    """Return the place of a matrix that is a parameter by itself: PEFT takes it like a stack of one."""
+    known = architecture.find(path, component) if architecture else None
+    if architecture is None or known is None or not known.layer.parameter or "[" in path:
+        return None
+    return Slot(architecture.in_memory(component, path, model_class), 0, (path,))
 
 
 def _ordered(each: list[LowRank | None], *, unmarked: bool) -> list[LowRank | None]:
@@ -54,7 +72,13 @@ def _ordered(each: list[LowRank | None], *, unmarked: bool) -> list[LowRank | No
 
 
 def _pieces(
-    target: Target, delta: LowRank, architecture: Architecture | None, model_class: str, where: str
+    target: Target,
+    delta: LowRank,
+    architecture: Architecture | None,
+    model_class: str,
+    *,
+    config: Mapping[str, Any],
+    where: str,
 ) -> list[tuple[str, LowRank]]:
     """Return the modules of the live model that a target is: one, or the parts of what only the file has fused."""
     known = architecture.find(target.parts[0], target.component) if architecture and len(target.parts) == 1 else None
@@ -68,7 +92,11 @@ def _pieces(
     parts = architecture.parts_of(path, target.component)
     names = [architecture.in_memory(target.component, part, model_class) for part in parts]
     if names and not any("[" in name for name in names):
-        layout = architecture.layout(path, target.component, delta.up.shape[0], {})
+        try:
+            layout = architecture.layout(path, target.component, delta.up.shape[0], config)
+        except MismatchError as problem:
+            hint = "--base MODEL: its config.json has the sizes" if not config else problem.hint
+            raise MismatchError(problem.what, where=problem.where, hint=hint) from None
         cuts = (LowRank(delta.down, delta.up.take(layout[part]), delta.scaling) for part in parts)
         return list(zip(names, cuts, strict=True))
     name = architecture.in_memory(target.component, path, model_class)
@@ -95,7 +123,7 @@ def told_as(target: Target, name: str, adapter: Adapter, architecture: Architect
     return f"{path}.weight" if is_router or path.rpartition(".")[2] in leaves else path
 
 
-def naming_notes(adapter: Adapter, architecture: Architecture | None, options: Mapping[str, str]) -> tuple[str, ...]:
+def naming_notes(adapter: Adapter, architecture: Architecture | None, options: Mapping[str, Any]) -> tuple[str, ...]:
     """What PEFT's names depend on and the source does not say: the class of the live model."""
     prefixed = (
         architecture

@@ -18,6 +18,7 @@ from loratool.tensors import TensorRef
 WRAPPER = "base_model.model."
 BASE_COPY = ".base_layer.weight"  # PEFT saves the untouched embedding beside its adapter
 TOKENS = "trainable_tokens_delta"
+OUTPUT = ".base_layer.out_proj"  # the second weight of torch's MultiheadAttention
 _FRAMEWORKS = ("_orig_mod", "_fsdp_wrapped_module")
 # The parts of an adapter of each type, as PEFT's tuners name their parameters.
 PARTS = {
@@ -124,7 +125,7 @@ def _sort(found: Names, key: str, name: str, ref: TensorRef) -> None:
     elif _OF_TRAINING.fullmatch(name) or ".original_module." in name:
         found.ignored.append(key)
     elif name.endswith(BASE_COPY):
-        found.copies[name.removesuffix(BASE_COPY)] = ref
+        found.copies[name.removesuffix(BASE_COPY).removesuffix(".token_adapter")] = ref
     elif whole in found.whole:  # with bias="all" PEFT saves the biases of modules_to_save under two names
         found.ignored.append(key)
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, Finding
+from loratool.deltas import Tokens
 from loratool.operations.rebuilt import edited
 from loratool.plan import CopiedFile, JsonFile, OutFile, TensorFile
 from loratool.storage.checkpoint import Checkpoint, companions, is_inside, left_behind, tokenizer_files
@@ -34,8 +35,9 @@ def companion_files(
         config = _config(base, dtype, changes, decoded=decoded)
         if config != base.config:
             files["config.json"] = JsonFile("config.json", config)
-    if "vocab_size" in changes:
-        findings += _tokenizer(files, adapters)
+    words = any(isinstance(d, Tokens) for a in adapters for ds in a.deltas.values() for d in ds)
+    if "vocab_size" in changes or words:
+        findings += _tokenizer(files, adapters, resized="vocab_size" in changes)
     index = _index(base, weights)
     if index:
         files[index.name] = index
@@ -54,7 +56,7 @@ def _config(base: Checkpoint, dtype: str, changes: Mapping[str, Any], *, decoded
     return without_quantisation(config) if base.quantised and decoded else config
 
 
-def _tokenizer(files: dict[str, OutFile], adapters: Sequence[Adapter]) -> list[Finding]:
+def _tokenizer(files: dict[str, OutFile], adapters: Sequence[Adapter], *, resized: bool) -> list[Finding]:
     """Take the tokenizer of an adapter with a vocabulary of its own: the base's does not know the new words."""
     findings = []
     for folder in dict.fromkeys(a.origin.path for a in adapters):
@@ -62,7 +64,7 @@ def _tokenizer(files: dict[str, OutFile], adapters: Sequence[Adapter]) -> list[F
         if found:
             files.update({name: CopiedFile(name, f"{folder}/{name}") for name in found})
             findings.append(Finding("info", folder, "the tokenizer is the adapter's, as the vocabulary is"))
-    if not findings:
+    if not findings and resized:
         what = "the vocabulary was resized, and no tokenizer lies beside the adapter: the base's is copied"
         findings.append(Finding("warning", ", ".join(a.origin.path for a in adapters), what))
     return findings

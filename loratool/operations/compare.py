@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, Target
 from loratool.architecture import Architecture
@@ -81,15 +82,21 @@ def _joined(deltas: tuple[LowRank, ...], load: Load) -> tuple[torch.Tensor, torc
     return lowrank.add(pairs) if pairs else None
 
 
-def plan(first: Adapter, second: Adapter, architecture: Architecture | None = None) -> Plan:
+def plan(
+    first: Adapter,
+    second: Adapter,
+    architecture: Architecture | None = None,
+    config: Mapping[str, Any] = MappingProxyType({}),
+) -> Plan:
     """Plan the comparison of two adapters, over the modules of either.
 
-    A stack meets the modules that it stands for, the parts of a fused weight (`architecture` knows them) the whole.
+    A stack meets the modules that it stands for, the parts of a fused weight (`architecture` knows them) the whole; the
+    base's `config` has the sizes of those parts.
     """
     if first.deltas.keys() != second.deltas.keys():
         paths = {part for a in (first, second) for t in a.deltas for part in t.parts}
         family = architecture if any(path.rpartition("[")[0] in paths for path in paths) else None
-        first, second = in_whole_modules(first, family), in_whole_modules(second, family)
+        first, second = (in_whole_modules(a, family, config) for a in (first, second))
     one, two = first.low_rank("compare"), second.low_rank("compare")
     targets = sorted({*one, *two}, key=lambda t: t.sort_key)
     common = [t for t in targets if t in first.deltas and t in second.deltas]

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from math import isfinite, prod, sqrt
-from typing import TYPE_CHECKING
+from math import isfinite, prod
+from typing import TYPE_CHECKING, Any
 
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Origin, Target
@@ -20,11 +20,16 @@ from loratool.architecture import Architecture
 from loratool.deltas import Delta, LowRank
 from loratool.errors import InputError, MismatchError
 from loratool.hookspecs import Format
+from loratool.operations import extracted, sizes
 from loratool.operations.matching import Place, bare_name, places, stitched, tied_partner
-from loratool.operations.resize import Rule, emit_factors, settled_factors
+from loratool.operations.ranks import Rule
+from loratool.operations.recompress import emit_factors, factor_outs, settled_factors
+from loratool.operations.remainder import TILE, CompareRest, Pair, Savable, judge, rest_units, same_bytes
+from loratool.operations.resize import cost_of, joined_deltas
+from loratool.operations.sizes import Sized
 from loratool.operations.writing import spell
 from loratool.patterns import selects
-from loratool.plan import Emit, Facts, Input, Load, Out, Plan, Report, Settled, Spooled, Unit
+from loratool.plan import Emit, Facts, Input, Load, Out, OutFile, Plan, Report, Settled, Spooled, Unit
 from loratool.tensors import TensorRef, TensorSource, zeros
 
 if TYPE_CHECKING:
@@ -32,8 +37,11 @@ if TYPE_CHECKING:
 
     from loratool.algebra import svd
 
-TILE = 1 << 20
+__all__ = ["CompareRest", "ExtractModule", "plan", "same_bytes"]
+
 PANEL = 64 << 20
+MAX_RANK = 512  # of rules that adapt, where nobody says another: factors that large are hardly smaller than the weight
+_SAMPLE = 1 << 22  # elements of a weight that its rounding is judged by
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,11 @@ class ExtractModule:
     tuned: TensorRef
     base: TensorRef
     transposed: bool
+    rule: Rule
     rank: int
     dtype: str
     streamed: bool
+    quality: str = "balanced"
 
     @property
     def key(self) -> str:
@@ -59,15 +69,14 @@ class ExtractModule:
         return self.tuned, self.base
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in, *kernel)."""
+        return self.tuned.shape[::-1] if self.transposed else self.tuned.shape
+
+    @property
     def outs(self) -> tuple[Out, ...]:
-        """Down and up, in the spool."""
-        out, columns = self.tuned.shape[0], self.tuned.shape[1:]
-        if self.transposed:
-            out, columns = self.tuned.shape[1], self.tuned.shape[:1]
-        rank = min(self.rank, out, prod(columns))
-        ones = (1,) * (len(columns) - 1)
-        down, up = (rank, *columns), (out, rank, *ones)
-        return Out("", f"{self.key}.down", down, self.dtype), Out("", f"{self.key}.up", up, self.dtype)
+        """Down, and up transposed, at the largest rank that may be chosen, in the spool."""
+        return factor_outs(self.key, self.shape, self.rank, self.dtype)
 
     @property
     def scratch(self) -> int:
@@ -75,13 +84,18 @@ class ExtractModule:
         rows, columns = self.tuned.shape[0], prod(self.tuned.shape[1:])
         held = PANEL // dtypes.itemsize(self.tuned.dtype) + 64 * columns if self.streamed else rows * columns
         block = self.rank + self.rank // 2 + 8
-        return 8 * held + 64 * TILE + 48 * (rows + columns) * block + 16 * min(rows, columns, 3 * block) ** 2
+        gram = min(rows, columns) if self._quality == "exact" else min(rows, columns, 3 * block)
+        return 8 * held + 64 * TILE + 48 * (rows + columns) * block + 16 * gram**2
+
+    @property
+    def _quality(self) -> str:
+        return "exact" if self.rule.needs_everything else self.quality
 
     def run(self, load: Load, emit: Emit) -> Facts:
-        """Subtract, factorise, measure, write."""
+        """Subtract, choose the rank, factorise, measure, write."""
         import torch
 
-        from loratool.algebra import svd
+        from loratool.algebra import rank, svd
 
         narrow = getattr(torch, dtypes.torch_name(self.dtype))
         if same_bytes(self.tuned, self.base, load):
@@ -93,15 +107,22 @@ class ExtractModule:
         if not isfinite(total):
             raise InputError("the weights hold NaN or infinity", where=self.tuned.name)
         seed = int.from_bytes(sha256(self.key.encode()).digest()[:7], "big")
-        rank = self.outs[0].shape[0]
-        triplets = svd.truncated(D, rank, seed)
-        up, down = (factor.to(narrow).double() for factor in triplets.balanced(rank))
-        residual = total - float(triplets.sigma.square().sum())
-        # multiply out where rounding the factors costs something, or the subtraction has lost its digits
-        if narrow is not torch.float32 or residual < 1e-5 * total:
-            residual = D.residual(up, down)
+        variance = sum(_rounding(ref, load) for ref in self.reads)
+        size = min(D.shape)
+
+        def choose(sigma: torch.Tensor, beyond: float | None) -> int:
+            return self.rule.choose(sigma, beyond, auto=lambda s, b: rank.noise(s, D.shape, variance, b), size=size)
+
+        wanted = choose if self.rule.is_open else self.rank
+        found = svd.truncate(D, wanted, seed, quality=self._quality, cap=self.rank, total=total)
+        keep = len(found.factors.sigma)
+        up, down = found.factors.balanced(keep)
         emit_factors(self.outs, up, down, emit)
-        return {"total": total, "residual": residual, "rank": rank, "sigma": triplets.sigma.tolist()}
+        residual = found.residual
+        if torch.finfo(narrow).bits < 32:  # rounding the factors costs something
+            residual = svd.squared_error(D, up.to(narrow), down.to(narrow), total)
+        facts = {"total": total, "residual": residual, "rank": keep, "sigma": found.sigma.tolist()}
+        return facts | {"excess": found.excess, "noise": variance * prod(D.shape)}
 
     def _difference(self, load: Load) -> svd.Panels:
         """Return D (out, in x kernel): held in memory, or read anew in panels for every product."""
@@ -130,69 +151,17 @@ class ExtractModule:
         return svd.Panels(lambda: [(0, stored[0], whole)], stored, transposed=self.transposed)
 
 
-@dataclass(frozen=True)
-class CompareRest:
-    """Tensors that are not extracted: are they the same in both checkpoints? With `refuse`, a change is an error."""
-
-    pairs: tuple[tuple[TensorRef, TensorRef | None], ...]
-    refuse: bool
-    outs: tuple[Out, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """The first tensor's name."""
-        return f"rest:{self.pairs[0][0].name}"
-
-    @property
-    def reads(self) -> tuple[TensorRef, ...]:
-        """All of them."""
-        return tuple(ref for pair in self.pairs for ref in pair if ref is not None)
-
-    @property
-    def scratch(self) -> int:
-        """A few tiles in fp64."""
-        return 32 * TILE
-
-    def run(self, load: Load, emit: Emit) -> Facts:
-        """Compare bytes; where they differ, measure the change."""
-        changed: dict[str, float] = {}
-        for tuned, base in self.pairs:
-            total = _change(tuned, base, load)
-            if total is not None:  # the experts of a stack have one name
-                changed[tuned.name] = changed.get(tuned.name, 0.0) + total
-        if changed and self.refuse:
-            names = list(changed)
-            listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-            raise InputError(
-                f"{len(names)} tensors changed that are not extracted: {listed}",
-                hint="--rest skip leaves them out and says how much that is",
-            )
-        return {"changed": changed}
-
-
-def _change(tuned: TensorRef, base: TensorRef | None, load: Load) -> float | None:
-    """Return the squared norm of a tensor's change; None where nothing changed."""
-    if base is not None and same_bytes(tuned, base, load):
-        return None
-    total = 0.0
-    for start, stop in tuned.panels(TILE):
-        new = load(tuned.rows(start, stop)).double()
-        total += float((new - load(base.rows(start, stop)).double() if base else new).square().sum())
-    if not isfinite(total):
-        raise InputError("the tensor holds NaN or infinity", where=tuned.name)
-    return total if total or base is None else None  # the same values in another dtype are no change
-
-
-def same_bytes(one: TensorRef, two: TensorRef, load: Load) -> bool:
-    """Whether two tensors are equal byte for byte; reads no further than the first panel that differs."""
+def _rounding(ref: TensorRef, load: Load) -> float:
+    """Return the mean square error of a weight's own rounding, judged by tiles spread over it where it is large."""
     import torch
 
-    if one.dtype != two.dtype:
-        return False
-    return all(
-        torch.equal(load(one.rows(a, b)).view(torch.uint8), load(two.rows(a, b)).view(torch.uint8))
-        for a, b in one.panels(TILE)
-    )
+    from loratool.algebra import rank
+
+    dtype = getattr(torch, dtypes.torch_name(ref.dtype))
+    panels = ref.panels(TILE)
+    step = max(1, prod(ref.shape) // _SAMPLE)
+    some = [(b - a, rank.rounding_variance(load(ref.rows(a, b)), dtype)) for a, b in panels[::step]]
+    return sum(n * v for n, v in some) / sum(n for n, _ in some)
 
 
 Pairs = dict[Target, tuple[Place, Place]]
@@ -210,68 +179,124 @@ def plan(
     rest: str = "error",
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    quality: str = "balanced",
+    pad_rank: int | str | None = None,
+    allow_noop: bool = False,
     memory: int = 2 << 30,
-    options: Mapping[str, str],
+    options: Mapping[str, Any],
 ) -> Plan:
-    """Plan the extraction of `tuned - base`, at rank `rule.rank`, into an adapter written in `format`.
+    """Plan the extraction of `tuned - base`, at ranks that `rule` chooses, into an adapter written in `format`.
 
-    `rest` says what to do where something that is no LoRA delta changed: "error" or "skip". `memory` (bytes) decides
-    which deltas are read in panels.
+    `rest` says what to do where something that is no LoRA delta changed: "error", "skip" or "save". `memory` (bytes)
+    decides which deltas are read in panels.
     """
-    pairs, others = _pair(tuned, base, architecture)
+    sizes.check_pad(pad_rank, rule.budget)
+    pairs, others, resized = _pair(tuned, base, architecture, allow_resized=rest != "error")
     chosen = _choose(pairs, target, exclude, tuned.path)
+    rule.require_patterns_used(chosen, tuned.path)
     report = Report(verb="extract", totals={"family": architecture.name})
-    known = {t: new for t, (new, _) in pairs.items()}
-    for t in [t for t in chosen if tied_partner(t.parts[0], t.component, tuned, architecture, known)]:
+    layers = {place.tensor: t for t, (place, _) in pairs.items()}
+    savable = {new.name: new for new, _ in others} if rest == "save" else {}
+    for t in _tied(chosen, pairs, tuned, architecture):
+        savable |= {chosen[t][0].tensor: chosen[t][0].stored} if rest == "save" else {}
         del chosen[t]  # an adapter would change one of the two uses only; what changed is judged with the rest
         report.findings.append(Finding("info", str(t), "not extracted: its weight is tied to another layer's"))
-    modules = _extract_units(chosen, rule.rank or 1, dtype, memory)
+    report.findings += _vocabularies(resized, rest)
+    modules = _extract_units(chosen, rule, dtype, memory, quality)
     others += [_alike(new, old) for t, (new, old) in pairs.items() if t not in chosen]
-    remaining = _rest_units(others, rest)
+    remaining = rest_units(others, rest)
     report.totals["modules"] = len(modules)
-    report.rows = [
-        {"module": u.key, "role": pairs[u.target][0].role, "shape": list(u.tuned.shape), "rank": u.outs[0].shape[0]}
-        for u in modules
-    ]
+    report.rows = [_row(u, pairs[u.target][0].role) for u in modules]
+    report.findings += extracted.full_rank(rule, modules)
     units: tuple[Unit, ...] = (*remaining, *modules)
-    paired = {name for unit in units for ref in unit.reads for name in ref.name.split("+")}
-    lost = [name for name in base.tensors if name not in paired]
-    for name in lost:  # a buffer that newer libraries no longer save is worth a note, a lost weight a warning
-        level = "warning" if dtypes.is_float(base.tensors[name].dtype) else "info"
-        report.findings.append(Finding(level, name, "is only in the base: the adapter cannot say so"))
+    lost = _unpaired(base, units)
+    report.findings += [_lost(base.tensors[name]) for name in lost]
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
-        left_out = _judge_rest(remaining, facts, report)
-        deltas: dict[Target, tuple[Delta, ...]] = {}
-        for unit, row in zip(modules, report.rows, strict=True):
-            fact = facts[unit.key]
-            if fact.get("same"):
-                row.update(unchanged=True)
-                continue
-            deltas[unit.target] = (settled_factors(unit.outs, fact["rank"], spooled),)
-            row["norm"] = sqrt(fact["total"])
-            row["retained"] = 1 - fact["residual"] / fact["total"]
-            row["error"] = sqrt(fact["residual"] / fact["total"])
-        deltas |= _unchanged_experts(pairs, modules, deltas, architecture)
-        if not deltas:
-            raise InputError("the two models are equal: there is nothing to extract", where=tuned.path)
-        changed = [str(unit.target) for unit in modules if not facts[unit.key].get("same")]
-        total = sum(facts[key]["total"] for key in changed)
-        residual = sum(facts[key]["residual"] for key in changed)
+        saved, left_out = judge(remaining, facts, report, Savable(savable, tuned, architecture, layers))
+        changed = [u for u in modules if not facts[u.key].get("same")]
+        if not changed and not saved and not allow_noop:
+            raise InputError(
+                "the two models are equal: there is nothing to extract",
+                where=tuned.path,
+                hint="--allow-noop writes an adapter of zeros",
+            )
+        if not changed:
+            report.findings.append(Finding("warning", tuned.path, "no weight changed: the factors are zeros"))
+        found = [facts[u.key] for u in changed]
         # not the config's _name_or_path: that is where the base itself once came from
-        adapter = Adapter(deltas, Origin("", tuned.path), base_model=base.path)
-        report.totals |= {
-            "changed": len(changed),
-            "retained": 1 - residual / total,
-            "error": sqrt(residual / total),
-            "norm": sqrt(total),
-            "left_out": left_out / (left_out + total),
-            "bytes": sum(ref.nbytes for ds in deltas.values() for d in ds for ref in d.refs),
-        }
-        return Settled(report, spell(adapter, architecture, format, options, report))
+        adapter = Adapter({}, Origin("", tuned.path), base_model=base.path)
+
+        def spelled(ranks: Sequence[int], into: Report) -> tuple[OutFile, ...]:
+            pairs_at = zip(changed, ranks, strict=True)
+            new: dict[Target, Delta] = {u.target: settled_factors(u.outs, r, spooled) for u, r in pairs_at}
+            new, into.totals["padded_to"] = sizes.settled(new, pad_rank)
+            deltas: Deltas = (
+                {t: (d,) for t, d in new.items()} if changed else {u.target: (_nothing(u),) for u in modules}
+            )
+            deltas |= _unchanged_experts(pairs, modules, deltas, architecture)
+            return spell(replace(adapter, deltas=joined_deltas(deltas, saved)), architecture, format, options, into)
+
+        ranks = [int(f["rank"]) for f in found]
+        if rule.budget is not None and changed:
+            sized = [_sized(u, f, architecture, format) for u, f in zip(changed, found, strict=True)]
+            ranks = sizes.fitted(sized, rule.budget, lambda r: spelled(r, Report("extract")))
+        described = dict(zip((u.key for u in changed), zip(found, ranks, strict=True), strict=True))
+        extracted.describe(report, modules, described, left_out)
+        report.findings += extracted.too_little(found, ranks, rule, modules, MAX_RANK)
+        files = spelled(ranks, report)
+        report.totals["file_bytes"] = sizes.size_of(files)
+        return Settled(report, files)
 
     inputs = Input(tuned.path, tuned.tensors), Input(base.path, base.tensors, dict.fromkeys(lost, "only in the base"))
     return Plan(units, report, settle, (), format.single_file or "file" in options, inputs)
+
+
+def _tied(chosen: Pairs, pairs: Pairs, tuned: TensorSource, architecture: Architecture) -> list[Target]:
+    """Return the chosen matrices that share their values with another layer."""
+    known = {t: new for t, (new, _) in pairs.items()}
+    return [t for t in chosen if tied_partner(t.parts[0], t.component, tuned, architecture, known)]
+
+
+def _row(unit: ExtractModule, role: str) -> dict[str, Any]:
+    return {"module": unit.key, "role": role, "shape": list(unit.tuned.shape), "rank_at_most": unit.rank}
+
+
+def _vocabularies(resized: Mapping[str, tuple[int, int]], rest: str) -> list[Finding]:
+    findings = []
+    for name, (now, before) in resized.items():
+        what = f"has another vocabulary than the base's ({before} rows, now {now}): it is kept whole or left out"
+        hint = f"resize_token_embeddings({now}) before PEFT loads this adapter" if rest == "save" else ""
+        findings.append(Finding("warning", name, what, hint))
+    return findings
+
+
+def _unpaired(base: TensorSource, units: Sequence[Unit]) -> list[str]:
+    """Return the tensors of the base that nothing of the tuned model is compared with."""
+    paired = {name for unit in units for ref in unit.reads for name in ref.name.split("+")}
+    return [name for name in base.tensors if name not in paired]
+
+
+def _lost(ref: TensorRef) -> Finding:
+    """A buffer that newer libraries no longer save is worth a note, a lost weight a warning."""
+    level = "warning" if dtypes.is_float(ref.dtype) else "info"
+    return Finding(level, ref.name, "is only in the base: the adapter cannot say so")
+
+
+def _sized(unit: ExtractModule, fact: Facts, architecture: Architecture, format: Format) -> Sized:
+    sigma = tuple(fact["sigma"][: fact["rank"]])
+    beyond = max(fact["total"] - sum(s * s for s in sigma), 0.0)
+    group = sizes.group_of(unit.target, None, architecture, format.name)
+    return Sized(unit.target, sigma, cost_of(unit.shape, unit.dtype), beyond, group)
+
+
+def _nothing(unit: ExtractModule) -> LowRank:
+    down, up = unit.outs
+    factors = (
+        zeros("", (1, *down.shape[1:]), down.dtype),
+        zeros("", (up.shape[1], 1, *up.shape[2:]), up.dtype),
+    )
+    return LowRank(*factors, 1.0)
 
 
 def _unchanged_experts(
@@ -283,53 +308,46 @@ def _unchanged_experts(
         slot = architecture.slot(target.component, target.parts[0])
         return slot.parameter if slot else ""
 
-    outs = {stack(unit.target): unit.outs for unit in modules if unit.target in deltas}
-    nothing: Deltas = {}
-    for target in (t for t in pairs if t not in deltas):
-        name = stack(target)
-        if name and name in outs:
-            down, up = outs[name]
-            factors = zeros("", (1, *down.shape[1:]), down.dtype), zeros("", (up.shape[0], 1), up.dtype)
-            nothing[target] = (LowRank(*factors, 1.0),)
-    return nothing
+    units = {stack(unit.target): unit for unit in modules if unit.target in deltas}
+    stacks = {t: stack(t) for t in pairs if t not in deltas}
+    return {t: (_nothing(units[name]),) for t, name in stacks.items() if name and name in units}
 
 
-def _extract_units(chosen: Pairs, rank: int, dtype: str, memory: int) -> list[ExtractModule]:
+def _extract_units(chosen: Pairs, rule: Rule, dtype: str, memory: int, quality: str) -> list[ExtractModule]:
     """Return a unit for each pair; those whose delta does not fit into `memory` read it in panels."""
     units = []
     for t, (new, old) in chosen.items():
         one, two = _alike(new, old)
         stored = one.dtype if dtype == "keep" else dtypes.from_torch_name(dtype)
-        held = ExtractModule(t, one, two, new.transposed, rank, stored, streamed=False)
-        units.append(held if held.scratch <= memory else replace(held, streamed=True))
-    return units
-
-
-def _rest_units(others: Sequence[tuple[TensorRef, TensorRef | None]], rest: str) -> list[CompareRest]:
-    """Return the comparisons of what is not extracted: one unit, to run first, where a change is an error.
-
-    Nobody should wait for every SVD to be told that a norm changed.
-    """
-    compared = tuple((_as_rows(new), _as_rows(old) if old else None) for new, old in others)
-    if rest == "error":
-        return [CompareRest(compared, refuse=True)] if compared else []
-    named: dict[str, list[tuple[TensorRef, TensorRef | None]]] = {}
-    for pair in compared:
-        named.setdefault(pair[0].name, []).append(pair)
-    return [CompareRest(tuple(pairs), refuse=False) for pairs in named.values()]
+        held = ExtractModule(t, one, two, new.transposed, rule.of(t), 0, stored, streamed=False, quality=quality)
+        units.append(held)
+    cost = sum(cost_of(u.shape, u.dtype) for u in units)
+    bounded = []
+    for u in units:
+        rank = u.rule.bound(min(u.shape[0], prod(u.shape[1:])))
+        if u.rule.adapts and u.rule.max_rank is None:
+            rank = min(rank, MAX_RANK)
+        if u.rule.budget is not None:  # four times what all would have if all had the same
+            rank = min(rank, max(8, 4 * u.rule.budget // cost))
+        ranked = replace(u, rank=rank)
+        bounded.append(ranked if ranked.scratch <= memory else replace(ranked, streamed=True))
+    return bounded
 
 
 def _pair(
-    tuned: TensorSource, base: TensorSource, architecture: Architecture
-) -> tuple[Pairs, list[tuple[TensorRef, TensorRef | None]]]:
+    tuned: TensorSource, base: TensorSource, architecture: Architecture, *, allow_resized: bool
+) -> tuple[Pairs, list[Pair], dict[str, tuple[int, int]]]:
     """Pair the matrices of both checkpoints, however each spells, fuses or stacks them, and the rest by name.
 
-    Raises where they do not belong together.
+    Raises where they do not belong together. Where only a vocabulary differs, and that is allowed, its matrices are
+    among the rest; their numbers of rows in both models come third.
     """
     new, old = places(tuned, architecture), places(base, architecture)
     pairs: Pairs = {}
     layers: set[str] = set()  # tensors of the tuned model that are paired as matrices
     problems: list[str] = []
+    others: list[Pair] = []
+    resized: dict[str, tuple[int, int]] = {}
     for target in dict.fromkeys(t for part in [*new, *old] for t in (_whole(part), part)):
         if _whole(target) in pairs:  # as a part of a fused weight, which is the module that an adapter is for
             continue
@@ -340,21 +358,27 @@ def _pair(
         if sides[0] is None or sides[1] is None:
             continue
         mine, place = sides[0], sides[1]
-        pairs[target] = mine, place
         layers.update(mine.tensor.split("+"))
+        if _is_resized(mine, place):
+            resized[mine.tensor] = mine.shape[0], place.shape[0]
+            others.append((mine.ref, place.ref))
+            if allow_resized:
+                continue
+        pairs[target] = mine, place
         if _shape(mine) != _shape(place):
             shapes = f"{list(mine.shape)} in the tuned model, {list(place.shape)} in the base"
             problems.append(f"{target}: {shapes}")
-    problems += [f"{t}: only in the base" for t in old if t not in pairs and _whole(t) not in pairs]
+    found = {*pairs, *(t for t, place in new.items() if place.tensor in resized)}
+    problems += [f"{t}: only in the base" for t in old if t not in found and _whole(t) not in found]
     matrices = {place.tensor for place in old.values()}
     by_name = {bare_name(n, architecture): ref for n, ref in base.tensors.items() if n not in matrices}
-    others = []
     for name, ref in tuned.tensors.items():
         if name in layers:
             continue
         other = by_name.get(bare_name(name, architecture))
         others.append((ref, other))
-        if other is not None and other.shape != ref.shape:
+        of_vocabulary = f"{name.rpartition('.')[0]}.weight" in resized and len(ref.shape) == 1
+        if other is not None and other.shape != ref.shape and not (of_vocabulary and allow_resized):
             problems.append(f"{name}: {list(ref.shape)} in the tuned model, {list(other.shape)} in the base")
     if not pairs:
         problems.append("no layer in common")
@@ -363,9 +387,18 @@ def _pair(
         raise MismatchError(
             "\n  ".join([f"the two models do not belong together ({len(problems)} tensors)", *problems[:12], *more]),
             where=f"{tuned.path} against {base.path}",
-            hint="the base must be the model that the fine-tune started from",
+            hint="--rest save keeps the resized vocabulary whole, --rest skip leaves it out"
+            if resized and len(problems) <= len(resized)
+            else "the base must be the model that the fine-tune started from",
         )
-    return pairs, others
+    return pairs, others, resized
+
+
+def _is_resized(new: Place, old: Place) -> bool:
+    """Whether two matrices differ in the number of their entries only, and are such that a vocabulary counts."""
+    of_words = new.layer.kind == "embedding" or new.layer.group in ("embedding", "head")
+    same = new.transposed == old.transposed and new.shape[1:] == old.shape[1:]
+    return of_words and same and new.shape[0] != old.shape[0]
 
 
 def _whole(target: Target) -> Target:
@@ -405,22 +438,3 @@ def _choose(pairs: Pairs, target: Sequence[str], exclude: Sequence[str], where: 
     if not chosen:
         raise MismatchError("no module is left to extract", where=where)
     return chosen
-
-
-def _judge_rest(remaining: Sequence[CompareRest], facts: Mapping[str, Facts], report: Report) -> float:
-    """Return the squared change that the adapter leaves out, and name the tensors in the report."""
-    changed: dict[str, float] = {}
-    for unit in remaining:
-        changed |= facts[unit.key]["changed"]
-    if changed:
-        names = list(changed)
-        listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        what = f"{len(names)} changed tensors are not in the adapter: {listed}"
-        report.findings.append(Finding("warning", "--rest skip", what))
-        report.totals["skipped_tensors"] = names
-    return sum(changed.values())
-
-
-def _as_rows(ref: TensorRef) -> TensorRef:
-    """A vector as one row, so that it can be read in panels."""
-    return ref if len(ref.shape) > 1 else replace(ref, shape=(1, prod(ref.shape)))

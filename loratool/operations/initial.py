@@ -12,6 +12,7 @@ from dataclasses import replace
 from loratool.adapter import Adapter, Finding, Target
 from loratool.deltas import Delta, LowRank
 from loratool.errors import MismatchError
+from loratool.tensors import TensorRef
 
 
 def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
@@ -22,6 +23,7 @@ def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
             where=adapter.origin.path,
             hint="leave --init-adapter out",
         )
+    replace(initial, changed_base="").require_sound()
     started, trained = initial.low_rank("--init-adapter"), adapter.low_rank("--init-adapter")
     if started.keys() != trained.keys():
         odd = sorted(map(str, started.keys() ^ trained.keys()))
@@ -41,9 +43,21 @@ def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
         deltas=deltas,
         changed_base="",
         findings=tuple(findings),
-        tensors={**adapter.tensors, **{f"initial {name}": ref for name, ref in initial.tensors.items()}},
+        tensors={**adapter.tensors, **{f"initial {name}": _initial(ref) for name, ref in initial.tensors.items()}},
+        consumed=(*adapter.consumed, *(f"initial {name}" for name in _beside(initial))),
     )
 
 
 def _negative(delta: LowRank) -> LowRank:
-    return replace(delta, scaling=-delta.scaling)
+    return replace(delta, down=_initial(delta.down), up=_initial(delta.up), scaling=-delta.scaling)
+
+
+def _initial(ref: TensorRef) -> TensorRef:
+    """The same tensor under a name that the trained adapter has not."""
+    return ref.renamed(f"initial {ref.name}")
+
+
+def _beside(initial: Adapter) -> list[str]:
+    """The tensors of the initial adapter that are no part of a delta, such as copies of the base's."""
+    used = {ref.name for deltas in initial.deltas.values() for d in deltas for ref in d.refs}
+    return [name for name in initial.tensors if name not in used]

@@ -7,21 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from loratool.adapter import Adapter, Target
+from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture
 from loratool.deltas import Delta, Dora, LowRank
-from loratool.errors import InputError
-from loratool.operations import defects
+from loratool.errors import InputError, MismatchError
+from loratool.layouts import Rows
+from loratool.operations import defects, sizes
+from loratool.operations.recompress import dtype_of, has_factors, inner_rank
+from loratool.operations.resize import cost_of
 from loratool.plan import Emit, Facts, Load, Out, Plan, Report, Settled, Spooled, Unit
 from loratool.tensors import TensorRef
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of one delta; `lenient` where a check says what is not finite."""
+    """The singular values of the deltas of one module; `lenient` where a check says what is not finite."""
 
     target: Target
-    delta: LowRank
+    deltas: tuple[Delta, ...]
     lenient: bool = False
     outs: tuple[Out, ...] = ()
 
@@ -32,28 +35,35 @@ class Spectrum:
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:
-        """Both factors."""
-        return self.delta.refs
+        """All factors."""
+        return tuple(dict.fromkeys(ref for d in self.deltas for ref in d.refs))
 
     @property
     def scratch(self) -> int:
-        """Both factors in fp64, twice."""
-        return 16 * sum(prod(ref.shape) for ref in self.reads)
+        """All factors in fp64, twice."""
+        (out, *columns), rank = self.deltas[0].shape, sum(map(inner_rank, self.deltas))
+        return 16 * rank * (out + prod(columns))
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Compute them from the core."""
-        from loratool.algebra import lowrank
-        from loratool.algebra.deltas import as_matrices, is_finite
+        from loratool.operations.recompress import spectrum
 
-        up, down = as_matrices(load(self.delta.up), load(self.delta.down))
-        if not (is_finite(up) and is_finite(down)):
+        try:
+            return {"sigma": spectrum(self.deltas, load).tolist()}
+        except InputError:
             if self.lenient:
                 return {}
-            raise InputError("the factors hold NaN or infinity", where=self.key)
-        return {"sigma": (lowrank.singular_values(up, down) * abs(self.delta.scaling)).tolist()}
+            raise
 
 
-def plan(adapter: Adapter, architecture: Architecture | None, *, spectrum: bool = False, check: bool = False) -> Plan:
+def plan(
+    adapter: Adapter,
+    architecture: Architecture | None,
+    *,
+    spectrum: bool = False,
+    check: bool = False,
+    curve: bool = False,
+) -> Plan:
     """Plan an inspection; unsound adapters are described too, with their findings."""
     pairs = [(t, d) for t in adapter.targets for d in adapter.deltas[t]]
     refs = [ref for _, d in pairs for ref in d.refs]
@@ -84,13 +94,36 @@ def plan(adapter: Adapter, architecture: Architecture | None, *, spectrum: bool 
         for row in report.rows:
             if facts.get(row["module"]):
                 row.update(_spectrum(facts[row["module"]]["sigma"]))
+        if curve:
+            report.totals["curve"] = _curve(spectra, facts, adapter, architecture)
         if check:
             _judge(report, adapter, checks, facts)
         return Settled(report)
 
-    plain = adapter.low_rank("--spectrum") if spectrum else {}
-    units: tuple[Unit, ...] = (*checks, *(Spectrum(t, d, check) for t, ds in plain.items() for d in ds))
+    spectra: list[Spectrum] = []
+    if spectrum or curve:
+        factored = {t: tuple(d for d in adapter.deltas[t] if has_factors(d)) for t in adapter.targets}
+        spectra = [Spectrum(t, ds, check) for t, ds in factored.items() if ds]
+        without = sorted({d.kind for _, d in pairs if not has_factors(d)})
+        if without:
+            what = f"no singular values of these kinds, which are no products of factors: {', '.join(without)}"
+            report.findings.append(Finding("info", "--spectrum", what))
+    units: tuple[Unit, ...] = (*checks, *spectra)
     return Plan(units, report, settle)
+
+
+def _curve(
+    spectra: Sequence[Spectrum], facts: Mapping[str, Facts], adapter: Adapter, architecture: Architecture | None
+) -> list[dict[str, float]]:
+    """Return the trade of size (of the factors alone) against error."""
+    modules = []
+    for unit in spectra:
+        sigma = tuple(facts[unit.key].get("sigma", ()))
+        group = sizes.group_of(unit.target, adapter, architecture, adapter.origin.format)
+        if sigma:
+            cost = cost_of(unit.deltas[0].shape, dtype_of(unit.deltas))
+            modules.append(sizes.Sized(unit.target, sigma, cost, group=group))
+    return sizes.curve(modules) if modules else []
 
 
 def _judge(report: Report, adapter: Adapter, checks: Sequence[defects.CheckModule], facts: Mapping[str, Facts]) -> None:
@@ -115,11 +148,34 @@ def _row(target: Target, delta: Delta, architecture: Architecture | None) -> dic
         "module": str(target),
         "group": known.layer.group if known else "",
         "role": "+".join(dict.fromkeys(k.role for k in each if k)),
+        **({"parts": parts} if (parts := _parts(target, delta, architecture)) else {}),
         "kind": delta.kind,
         "rank": delta.rank or None,
         **(_factors(delta.inner if isinstance(delta, Dora) else delta)),
         "dtype": delta.refs[0].dtype,
     }
+
+
+def _parts(target: Target, delta: Delta, architecture: Architecture | None) -> list[str]:
+    """Name the parts of a fused weight; with the rows that are theirs, where that does not depend on the config."""
+    path = target.parts[0]
+    fused = architecture.fused_at(path, target.component) if architecture and len(target.parts) == 1 else ()
+    if not fused or fused[0].layout.name == "stack":
+        return []
+    try:
+        rows = fused[0].layout.rows(delta.shape[0], {}) if len(fused) == 1 and not fused[0].when else []
+    except MismatchError:  # an AbsentError: the config has the sizes
+        rows = []
+    told = [f" {_row_numbers(of_part)}" for of_part in rows] or [""] * len(fused[0].parts)
+    return [f"{name}{text}" for name, text in zip(fused[0].parts, told, strict=True)]
+
+
+def _row_numbers(rows: Rows) -> str:
+    """Return 0-31 for a run, `2 x 16` for several runs, 0, 2 ... for a stride."""
+    first = rows[0]
+    if len(rows) > 1:
+        return f"{len(rows)} x {len(first)}"
+    return f"{first.start}-{first.stop - 1}" if first.step == 1 else f"{first.start}, {first.start + first.step} ..."
 
 
 def _factors(delta: Delta) -> dict[str, object]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from loratool import expressions
 from loratool.adapter import Target
 from loratool.architecture import Architecture
-from loratool.deltas import Delta, Full, Ia3, Tokens
+from loratool.deltas import Delta, Full, Ia3, Oft, Tokens, Vera
 from loratool.errors import MismatchError
 from loratool.layers import Excluded, Experts, Layer, Matrix
 from loratool.layouts import Rows, count, runs, within
@@ -207,10 +207,10 @@ def stitched(
         told = [f"{s.place.tensor} {part.dtype} {list(part.shape)}" for s, part in zip(slices, parts, strict=True)]
         what = f"the parts do not make one matrix: {', '.join(told)}"
         raise MismatchError(what, where=path, hint="save the model in one dtype")
-    first = slices[0].place
+    first, whole = slices[0].place, architecture.find(path, component)
     name = "+".join(s.place.tensor for s in slices)
     ref = assembled(parts, [s.rows or () for s in slices]).renamed(name)
-    return Place(ref, name, 0, first.layer, first.role, transposed=False)
+    return Place(ref, name, 0, first.layer, whole.role if whole else first.role, transposed=False)
 
 
 def vector_slices(
@@ -298,6 +298,10 @@ def _fits(delta: Delta, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool
         return _squeezed(shape) == _squeezed(wanted)
     out, inputs = shape[0], prod(shape[1:])
     whole = prod(wanted[1:])
+    if isinstance(delta, Vera) and delta.A.shape[1] < whole:
+        return False
+    if isinstance(delta, Oft) and whole % delta.size:
+        return False
     of_channels = isinstance(delta, Ia3) and inputs == wanted[1]  # one factor for a whole kernel
     return out in (0, wanted[0]) and (inputs in (0, whole) or of_channels)
 

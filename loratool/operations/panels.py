@@ -8,7 +8,7 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING
 
 from loratool import dtypes
-from loratool.deltas import Boft, Delta, Dora, LowRank, Oft, Taken, Term
+from loratool.deltas import Boft, Delta, Dora, Full, LowRank, Oft, Taken, Term
 from loratool.encodings import Scaled, Transposed4Bit
 from loratool.errors import InputError
 from loratool.plan import Emit, Facts, Load, Out
@@ -62,7 +62,10 @@ class MergePanel:
         """The factors as loaded, widened and joined, and a tile as read, summed and rounded."""
         tile = max(stop - start for start, stop in self.tiles()) * prod(self.weight.shape[1:])
         stacks = {ref.pieces: ref.held for t in self.terms for ref in t.delta.refs if ref.view}
-        factors = 24 * sum(prod(ref.shape) for t in self.terms for ref in t.delta.refs)
+        loaded = (
+            ref for t in self.terms if not isinstance(t.delta, Full) for ref in t.delta.refs
+        )  # Full comes in rows
+        factors = 24 * sum(prod(ref.shape) for ref in loaded)
         decoded = max((self.weight.rows(a, b).held for a, b in self.tiles()), default=0) if self.weight.view else 0
         tiles = 24 if all(_is_plain(t) for t in self.terms) else 64
         return factors + tiles * tile + decoded + sum(stacks.values())
@@ -161,7 +164,7 @@ class RequantisedPanel:
     def scratch(self) -> int:
         """The merged rows in fp32, and what encoding makes of them."""
         rows = self.merged.stop - self.merged.start
-        return self.merged.scratch + 16 * rows * prod(self.merged.weight.shape[1:])
+        return self.merged.scratch + 24 * rows * prod(self.merged.weight.shape[1:])
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Merge all rows, encode them, write codes and scales, and measure what that lost."""

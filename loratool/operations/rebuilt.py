@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Target, Weighted
 from loratool.architecture import Architecture
-from loratool.deltas import Replace, Tokens
+from loratool.deltas import Boft, Delta, Dora, Ia3, Oft, Replace, Tokens
 from loratool.errors import MismatchError
+from loratool.operations.complete import HEADS, within
 from loratool.operations.matching import Slice, names_of, places, resolve, tied_partner, vector_slices
 from loratool.storage.checkpoint import Checkpoint
 from loratool.storage.safetensors import Header
 from loratool.tensors import TensorRef
 
+_OF_THE_WEIGHT = (Dora, Ia3, Oft, Boft)  # kinds whose dW depends on W
 _NUMBER = re.compile(r"(?P<before>.*?)\.(?P<layer>\d{1,6})\.(?P<after>.+)")
 
 
@@ -37,9 +39,10 @@ class Twins(NamedTuple):
 class Rebuilt:
     """A base ready to be merged into.
 
-    `replaced`: tensors of the files that are not wanted any more, and why. `kept_dtypes`: what `--dtype keep` means
-    where the tensor is not the file's own. `config`: changes to config.json. `settled`: by adapter, the targets whose
-    effect is in the base now. `twins`: what remains to be compared.
+    `replaced`: tensors of the files that are not wanted any more, and why; `brought_by`: the number of the adapter
+    whose tensor took their place; `before`: what was there. `kept_dtypes`: what `--dtype keep` means where the tensor is not
+    the file's own. `config`: changes to config.json. `settled`: by adapter, the targets whose effect is in the base
+    now; `mirrored`: deltas that are for a target too, besides its own. `twins`: what remains to be compared.
     """
 
     base: Checkpoint
@@ -48,6 +51,9 @@ class Rebuilt:
     kept_dtypes: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     settled: dict[int, set[Target]] = field(default_factory=dict)
+    mirrored: dict[int, dict[Target, tuple[Delta, ...]]] = field(default_factory=dict)
+    brought_by: dict[str, int] = field(default_factory=dict)
+    before: dict[str, TensorRef] = field(default_factory=dict)
     twins: list[Twins] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
@@ -74,29 +80,28 @@ class Rebuilt:
             shards.append(shard._replace(header=Header(b"", refs, shard.header.metadata)) if changed else shard)
         self.base = replace(self.base, shards=tuple(shards), tensors={**tensors, name: ref})
 
-    def replace(self, name: str, ref: TensorRef, source: str) -> None:
-        """Put an adapter's tensor in the place of the base's; a second adapter's is an error."""
-        if name in self.replaced:
-            raise MismatchError(
-                f"{self.replaced[name]}, and {source} brings this weight in full too: which one is meant?",
-                where=name,
-                hint="leave it out of one of them: --adapter-config has an `exclude` for each adapter",
-            )
+    def replace(self, name: str, ref: TensorRef, n: int, source: str) -> None:
+        """Put the tensor of adapter `n` in the place of the base's."""
         self.replaced[name] = f"replaced by that of {source}"
+        self.brought_by[name] = n
+        self.before[name] = self.base.tensors[name]
         self.put(name, ref)
 
 
 def rebuild(base: Checkpoint, architecture: Architecture, adapters: Sequence[Weighted]) -> Rebuilt:
     """Return the base that the adapters' deltas are for."""
-    result = Rebuilt(base, architecture, settled={n: set() for n in range(len(adapters))})
+    numbers = range(len(adapters))
+    result = Rebuilt(base, architecture, settled={n: set() for n in numbers}, mirrored={n: {} for n in numbers})
     plain = [a.adapter for a in adapters]
     _repeat_layers(result, plain)
-    for adapter in plain:
-        _take_resized(result, adapter)
+    for n, adapter in enumerate(plain):
+        _take_resized(result, n, adapter)
     for pair in _tied_pairs(result.base, architecture):
         _untie(result, pair, plain)
+    _require_one_in_full(plain)
     for n, weighted in enumerate(adapters):
-        _put_in_place(result, n, weighted)
+        others = [other.adapter for m, other in enumerate(adapters) if m != n]
+        _put_in_place(result, n, weighted, others)
     _require_one_vocabulary(result)
     return result
 
@@ -151,7 +156,7 @@ def _repeated(ref: TensorRef, order: Sequence[int]) -> Iterator[TensorRef]:
 # -- resized embeddings -------------------------------------------------------------------------------------------
 
 
-def _take_resized(result: Rebuilt, adapter: Adapter) -> None:
+def _take_resized(result: Rebuilt, n: int, adapter: Adapter) -> None:
     """Take a resized embedding from the adapter that was trained on it; other copies are compared later."""
     known = places(result.base, result.architecture)
     for target, copy in adapter.base_copies.items():
@@ -160,9 +165,15 @@ def _take_resized(result: Rebuilt, adapter: Adapter) -> None:
             continue
         stored = result.base.tensors[place.tensor]
         (delta, *_) = adapter.deltas.get(target, (None,))
-        trained_on_it = delta is not None and delta.weight_shape(transposed=place.transposed) == copy.shape
-        if trained_on_it and copy.shape[0] != stored.shape[0] and copy.shape[1:] == stored.shape[1:]:
-            result.replace(place.tensor, copy, adapter.origin.path)
+        trained_on_it = isinstance(delta, Tokens) or (
+            delta is not None and delta.weight_shape(transposed=place.transposed) == copy.shape
+        )
+        if not trained_on_it or copy.shape[1:] != stored.shape[1:]:
+            continue
+        if place.tensor in result.replaced and copy.shape == stored.shape:  # of an adapter with the same vocabulary
+            result.twins.append(Twins(adapter.origin.path, copy, stored))
+        elif copy.shape[0] != stored.shape[0]:
+            result.replace(place.tensor, copy, n, adapter.origin.path)
             _say_resized(result, place.tensor, stored.shape[0], copy.shape[0])
 
 
@@ -216,7 +227,10 @@ def _untie(result: Rebuilt, pair: tuple[Target, Target], adapters: Sequence[Adap
     if all(_shares(adapters[n], members, held[0]) for n, members in users.items()):
         for n, members in users.items():
             _apply_once(result, n, adapters[n], members, held)
+            result.mirrored[n] |= {m: adapters[n].deltas[members[0]] for m in held if m not in members}
         return
+    for n, members in users.items():
+        result.mirrored[n] |= _shared_deltas(adapters[n], members, pair)
     if len(held) == 1:
         (absent,) = (m for m in pair if m not in held)
         place = known[held[0]]
@@ -230,9 +244,33 @@ def _untie(result: Rebuilt, pair: tuple[Target, Target], adapters: Sequence[Adap
 
 
 def _shares(adapter: Adapter, members: Sequence[Target], primary: Target) -> bool:
-    """Whether an adapter means both of two tied weights by what it does to these."""
-    tokens = all(isinstance(d, Tokens) for m in members for d in adapter.deltas[m])
-    return primary in members and (adapter.shares_ties or tokens)
+    """Whether an adapter means both of two tied weights by what it does to these. DoRA's norms are each side's own.
+
+    Where PEFT shares an update (ensure_weight_tying) both are in the file; equal trained tokens it shares in any case.
+    """
+    deltas = [d for m in members for d in adapter.deltas[m]]
+    tokens = {d.indices if isinstance(d, Tokens) else () for d in deltas}
+    own = any(isinstance(d, Dora) for d in deltas)
+    return (
+        primary in members
+        and not own
+        and ((len(tokens) == 1 and () not in tokens) or (adapter.shares_ties and len(members) == 2))
+    )
+
+
+def _shared_deltas(
+    adapter: Adapter, members: Sequence[Target], pair: tuple[Target, Target]
+) -> dict[Target, tuple[Delta, ...]]:
+    """Return what an adapter says of one of two tied weights and means of the other too: trained tokens always."""
+    found: dict[Target, tuple[Delta, ...]] = {}
+    for one, other in (pair, pair[::-1]):
+        mine, theirs = adapter.deltas.get(one, ()), adapter.deltas.get(other, ())
+        tokens = tuple(d for d in mine if isinstance(d, Tokens))
+        if tokens and not any(isinstance(d, Tokens) for d in theirs):
+            found[other] = tokens
+        elif one in members and other not in members and _shares(adapter, members, one):
+            found[other] = mine
+    return found
 
 
 def _apply_once(result: Rebuilt, n: int, adapter: Adapter, members: Sequence[Target], held: Sequence[Target]) -> None:
@@ -250,26 +288,48 @@ def _apply_once(result: Rebuilt, n: int, adapter: Adapter, members: Sequence[Tar
 # -- weights trained in full --------------------------------------------------------------------------------------
 
 
-def _put_in_place(result: Rebuilt, n: int, weighted: Weighted) -> None:
-    """Put weights that were trained in full where the base has them; heads that it has not are added."""
+def _require_one_in_full(adapters: Sequence[Adapter]) -> None:
+    """Raise where two adapters bring one weight in full: their sum would be neither."""
+    owners: dict[Target, str] = {}
+    for adapter in adapters:
+        for target in (t for t in adapter.targets if any(isinstance(d, Replace) for d in adapter.deltas[t])):
+            if target in owners:
+                raise MismatchError(
+                    f"{owners[target]} and {adapter.origin.path} bring this weight in full: which one is meant?",
+                    where=str(target),
+                    hint="leave it out of one of them: --adapter-config has an `exclude` for each adapter",
+                )
+            owners[target] = adapter.origin.path
+
+
+def _put_in_place(result: Rebuilt, n: int, weighted: Weighted, others: Sequence[Adapter]) -> None:
+    """Put weights that were trained in full where the base has them; heads that it has not are added.
+
+    Where another adapter's delta depends on the original weight (DoRA ...), that stays, and the merge replaces it.
+    """
     adapter = weighted.adapter
     known, names = places(result.base, result.architecture), names_of(result.base, result.architecture)
+    before = result.base.tensors
     for target in adapter.targets:
         deltas = adapter.deltas[target]
         if len(deltas) != 1 or not isinstance(deltas[0], Replace) or weighted.of(target) != 1:
             continue
         ref = deltas[0].value
+        if any(isinstance(d, _OF_THE_WEIGHT) for other in others for d in other.deltas.get(target, ())):
+            continue
         slices = resolve(target, known, result.architecture, result.base.config or {}) or vector_slices(
             target, result.base, known, result.architecture, names
         )
         if slices:
             _replace_whole(result, n, target, slices, adapter)
-        elif adapter.head_class or _is_saved(adapter, target):
+        elif _is_new(adapter, target, before):
             name = target.parts[0] if len(ref.shape) < 2 else f"{target.parts[0]}.weight"
             what = f"is new in the model: the base has no such tensor, the adapter brings {list(ref.shape)}"
             result.say("warning", name, what)
             _describe_head(result, adapter.head_class, ref)
             result.put(name, ref)
+            result.replaced[name] = f"new in the model: that of {adapter.origin.path}"
+            result.brought_by[name] = n
             result.settled[n].add(target)
 
 
@@ -283,7 +343,7 @@ def _replace_whole(result: Rebuilt, n: int, target: Target, slices: Sequence[Sli
         if ref.shape[1:] != stored.shape[1:] or not _is_vocabulary(target, result.architecture):
             return
         _say_resized(result, place.tensor, stored.shape[0], ref.shape[0])
-    result.replace(place.tensor, ref, adapter.origin.path)
+    result.replace(place.tensor, ref, n, adapter.origin.path)
     result.settled[n].add(target)
 
 
@@ -292,9 +352,12 @@ def _is_vocabulary(target: Target, architecture: Architecture) -> bool:
     return known is not None and known.layer.group in ("embedding", "head")
 
 
-def _is_saved(adapter: Adapter, target: Target) -> bool:
+def _is_new(adapter: Adapter, target: Target, tensors: Mapping[str, TensorRef]) -> bool:
+    """Whether a tensor is of a module that was trained in full and of which the base has nothing, such as a head."""
     saved = adapter.origin.config.get("modules_to_save")
-    return isinstance(saved, list) and any(f".{name}." in f".{target.parts[0]}." for name in saved)
+    names = [*(saved if isinstance(saved, list) else ()), *(HEADS if adapter.head_class else ())]
+    mine = [name for name in names if within(name, f"{target.parts[0].removesuffix('.bias')}.")]
+    return bool(mine) and not any(within(name, tensor) for name in mine for tensor in tensors)
 
 
 def _describe_head(result: Rebuilt, ending: str, ref: TensorRef) -> None:
@@ -302,7 +365,7 @@ def _describe_head(result: Rebuilt, ending: str, ref: TensorRef) -> None:
     classes = (result.base.config or {}).get("architectures")
     if ending and isinstance(classes, list) and classes:
         result.config["architectures"] = [re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", str(classes[0])) + ending]
-    if ending and len(ref.shape) == 2 and ref.shape[0] != 2:
+    if ending and len(ref.shape) == 2:
         result.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(ref.shape[0])}
         result.config["label2id"] = {f"LABEL_{i}": i for i in range(ref.shape[0])}
 

@@ -1,121 +1,41 @@
 """resize: every delta at another rank, chosen exactly from its whole spectrum in factor space.
 
-The truncated SVD of scaling * up @ down comes from an r x r core (loratool.algebra.lowrank), so nothing of size
-out x in is built and the retained energy is exact. The scaling is folded into the new factors: the result has scale 1.
+The truncated SVD of what a module's deltas come to is found in a small core (loratool.operations.recompress), so the
+retained energy is exact. The scaling is folded into the new factors: the result has scale 1. What has no factors
+(modules that were trained as a whole, biases, tokens) is kept as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
 
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture
-from loratool.deltas import Delta, LowRank
-from loratool.errors import InputError, UsageError
+from loratool.deltas import Delta, Full, Replace
+from loratool.errors import InputError
 from loratool.hookspecs import Format
+from loratool.operations import sizes
+from loratool.operations.ranks import Rule
+from loratool.operations.recompress import (
+    ResizeModule,
+    ScaleBias,
+    dtype_of,
+    reads_of,
+    rebuilt,
+    recompressible,
+    settled_factors,
+)
+from loratool.operations.sizes import Sized
 from loratool.operations.writing import spell
-from loratool.plan import Emit, Facts, Input, Load, Out, Plan, Report, Settled, Spooled
-from loratool.tensors import TensorRef
+from loratool.plan import Facts, Input, OutFile, Plan, Report, Settled, Spooled
 
+__all__ = ["ResizeModule", "Rule", "plan"]
 
-@dataclass(frozen=True)
-class Rule:
-    """How a rank is chosen: at most `rank`, and the least that keeps the share `energy` of squared singular values."""
-
-    rank: int | None = None
-    energy: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.rank is None and self.energy is None:
-            raise UsageError("no rank rule was given", hint="--rank 16, or --energy 0.95")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"a rank of {self.rank} is impossible", hint="the smallest rank is 1")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"an energy of {self.energy} is impossible", hint="a share between 0 and 1, such as 0.95")
-
-    def bound(self, available: int) -> int:
-        """Return the largest rank that this rule can choose out of `available` singular values."""
-        return min(self.rank or available, available)
-
-
-@dataclass(frozen=True)
-class ResizeModule:
-    """One delta, recompressed."""
-
-    target: Target
-    delta: LowRank
-    rule: Rule
-    dtype: str
-
-    @property
-    def key(self) -> str:
-        """The module."""
-        return str(self.target)
-
-    @property
-    def reads(self) -> tuple[TensorRef, ...]:
-        """Both factors."""
-        return self.delta.refs
-
-    @property
-    def outs(self) -> tuple[Out, ...]:
-        """Down and up at the largest rank that the rule allows, in the spool."""
-        rank = self.rule.bound(min(self.delta.rank, *self.delta.matrix_shape))
-        down, up = factor_shapes(self.delta.down.shape, self.delta.up.shape, rank)
-        return Out("", f"{self.key}.down", down, self.dtype), Out("", f"{self.key}.up", up, self.dtype)
-
-    @property
-    def scratch(self) -> int:
-        """Both factors in fp64, four times over."""
-        return 32 * (prod(self.delta.down.shape) + prod(self.delta.up.shape)) + sum(r.held for r in self.delta.refs)
-
-    def run(self, load: Load, emit: Emit) -> Facts:
-        """Factorise, choose the rank, write the factors, measure what they lose."""
-        import torch
-
-        from loratool.algebra import lowrank, rank
-        from loratool.algebra.deltas import as_matrices, is_finite
-
-        up, down = as_matrices(load(self.delta.up), load(self.delta.down))
-        if not (is_finite(up) and is_finite(down)):
-            raise InputError("the factors hold NaN or infinity", where=self.key)
-        up = up.double() * self.delta.scaling
-        svd = lowrank.compress(up, down)
-        bound = self.outs[0].shape[0]
-        keep = rank.fixed(svd.sigma, bound)
-        if self.rule.energy is not None:
-            keep = min(keep, rank.energy(svd.sigma, self.rule.energy))
-        narrow = getattr(torch, dtypes.torch_name(self.dtype))
-        new_up, new_down = (factor.to(narrow).double() for factor in svd.balanced(keep))
-        emit_factors(self.outs, new_up, new_down, emit)
-        residual = float(svd.sigma[keep:].square().sum())
-        if torch.finfo(narrow).bits < 32:  # rounding the factors costs more than a truncation may
-            difference = lowrank.add([(up, down.double(), 1.0), (new_up, new_down, -1.0)])
-            residual = float(lowrank.singular_values(*difference).square().sum())
-        return {"rank": keep, "total": float(svd.sigma.square().sum()), "residual": residual}
-
-
-def factor_shapes(down: tuple[int, ...], up: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of a layer's factors at another rank."""
-    return (rank, *down[1:]), (up[0], rank, *up[2:])
-
-
-def emit_factors(outs: Sequence[Out], up: Any, down: Any, emit: Emit) -> None:
-    """Write matrices up (out, r) and down (r, in x kernel) as the factors `outs` = (down, up), rounding them once."""
-    import torch
-
-    from loratool.algebra.deltas import as_factors, is_finite
-
-    dtype = getattr(torch, dtypes.torch_name(outs[0].dtype))
-    up, down = as_factors(up, down, outs[0].shape, dtype)
-    if not (is_finite(up) and is_finite(down)):
-        raise InputError(f"the new factors overflow {outs[0].dtype}", where=outs[0].name, hint="--dtype float32")
-    emit(outs[0], 0, down)
-    emit(outs[1], 0, up)
+Deltas = dict[Target, tuple[Delta, ...]]
 
 
 def plan(
@@ -125,50 +45,129 @@ def plan(
     format: Format,
     *,
     dtype: str = "keep",
-    options: Mapping[str, str],
+    pad_rank: int | str | None = None,
+    curve: bool = False,
+    options: Mapping[str, Any],
 ) -> Plan:
     """Plan the recompression of every delta of `adapter` under `rule`, written in `format`."""
-    plain = adapter.low_rank("resize")
-    units = tuple(
-        ResizeModule(
-            t,
-            delta,
-            rule,
-            dtypes.wider(delta.down.dtype, delta.up.dtype) if dtype == "keep" else dtypes.from_torch_name(dtype),
-        )
-        for t in adapter.targets
-        for delta in plain[t]
-    )
+    sizes.check_pad(pad_rank, rule.budget)
+    rule.require_patterns_used(adapter.targets, adapter.origin.path)
+    factored, kept = recompressible(adapter, architecture, "resize")
+    if not factored:
+        raise InputError("no module of this adapter has factors", where=adapter.origin.path)
+    units = [
+        ResizeModule(t, ds, rule.of(t), dtype_of(ds) if dtype == "keep" else dtypes.from_torch_name(dtype))
+        for t, ds in factored.items()
+    ]
+    biases = scaled_biases(kept)
     report = Report(verb="resize", findings=list(adapter.findings))
     report.totals = {"modules": len(units), "bytes_before": sum(ref.nbytes for u in units for ref in u.reads)}
-    if rule.rank is not None and all(rule.rank >= u.delta.rank for u in units):
-        what = f"no module has a rank above {max(u.delta.rank for u in units)}: nothing gets smaller"
-        report.findings.append(Finding("warning", f"--rank {rule.rank}", what))
-    report.rows = [{"module": u.key, "rank_before": u.delta.rank} for u in units]
+    report.findings += _upsizing(rule, units)
+    report.rows = [{"module": u.key, "rank_before": u.rank} for u in units]
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
-        deltas: dict[Target, tuple[Delta, ...]] = {}
-        for unit, row in zip(units, report.rows, strict=True):
-            fact = facts[unit.key]
-            deltas[unit.target] = (settled_factors(unit.outs, fact["rank"], spooled),)
-            row.update(rank=fact["rank"], **_losses(fact["total"], fact["residual"]))
-        report.totals |= _losses(*(sum(facts[u.key][name] for u in units) for name in ("total", "residual")))
-        files = spell(replace(adapter, deltas=deltas), architecture, format, options, report)
-        report.totals["bytes"] = sum(ref.nbytes for ds in deltas.values() for d in ds for ref in d.refs)
+        others: Deltas = {**kept, **{b.target: (b.settled(spooled),) for b in biases}}
+        found = [facts[u.key] for u in units]
+        modules = [_sized(u, f, adapter, architecture, format) for u, f in zip(units, found, strict=True)]
+
+        def deltas_at(ranks: Sequence[int]) -> Deltas:
+            new = {
+                u.target: rebuilt(u.deltas, settled_factors(u.outs, rank, spooled))
+                for u, rank in zip(units, ranks, strict=True)
+            }
+            padded, report_rank = sizes.settled(new, pad_rank)
+            if report_rank:
+                report.totals["padded_to"] = report_rank
+            return joined_deltas({t: (d,) for t, d in padded.items()}, others)
+
+        def spelled(ranks: Sequence[int], into: Report) -> tuple[OutFile, ...]:
+            return spell(replace(adapter, deltas=deltas_at(ranks)), architecture, format, options, into)
+
+        ranks = [int(f["rank"]) for f in found]
+        if rule.budget is not None:
+            ranks = sizes.fitted(modules, rule.budget, lambda r: spelled(r, Report("resize")))
+        for unit, row, fact, rank in zip(units, report.rows, found, ranks, strict=True):
+            row.update(rank=rank, **losses(fact["total"], residual_at(fact, rank)))
+            row["bytes"] = rank * cost_of(unit.shape, unit.dtype)
+            row["sigma"] = shown(fact["sigma"])
+        total = sum(f["total"] for f in found)
+        report.totals |= losses(total, sum(residual_at(f, r) for f, r in zip(found, ranks, strict=True)))
+        if curve:
+            everything = [replace(m, sigma=tuple(f["sigma"]), beyond=0.0) for m, f in zip(modules, found, strict=True)]
+            report.totals["curve"] = sizes.curve(everything)
+        files = spelled(ranks, report)
+        report.totals["bytes"] = sum(row["bytes"] for row in report.rows)
+        report.totals["file_bytes"] = sizes.size_of(files)
         return Settled(report, files)
 
     inputs = (Input(adapter.origin.path, adapter.tensors, adapter.explained),)
-    later = tuple(adapter.base_copies.values())
-    return Plan(units, report, settle, (), format.single_file or "file" in options, inputs, later)
+    later = (
+        *adapter.base_copies.values(),
+        *reads_of(kept),
+        *(ref for ds in factored.values() for ref in magnitudes(ds)),
+    )
+    return Plan((*units, *biases), report, settle, (), format.single_file or "file" in options, inputs, later)
 
 
-def _losses(total: float, residual: float) -> dict[str, float]:
+def _upsizing(rule: Rule, units: Sequence[ResizeModule]) -> list[Finding]:
+    """Say so where the rank that was asked for makes nothing smaller."""
+    if not isinstance(rule.rank, int) or rule.rank_for or any(rule.rank < u.rank for u in units):
+        return []
+    what = f"no module has a rank above {max(u.rank for u in units)}: nothing gets smaller"
+    return [Finding("warning", f"--rank {rule.rank}", what, "--pad-rank fills ranks up with zeros")]
+
+
+def _sized(
+    unit: ResizeModule, fact: Facts, adapter: Adapter, architecture: Architecture | None, format: Format
+) -> Sized:
+    sigma = tuple(fact["sigma"][: fact["rank"]])
+    beyond = max(fact["total"] - sum(s * s for s in sigma), 0.0) if len(sigma) < len(fact["sigma"]) else 0.0
+    group = sizes.group_of(unit.target, adapter, architecture, format.name)
+    return Sized(unit.target, sigma, cost_of(unit.shape, unit.dtype), beyond, group)
+
+
+def cost_of(shape: tuple[int, ...], dtype: str) -> int:
+    """Return the bytes that one rank of a module takes."""
+    return (shape[0] + prod(shape[1:])) * dtypes.itemsize(dtype)
+
+
+def residual_at(fact: Facts, rank: int) -> float:
+    """Return the squared error that is left at a rank, which may be below the one that the unit chose."""
+    if rank == fact["rank"]:
+        return float(fact["residual"])
+    return float(fact["residual"] + sum(s * s for s in reversed(fact["sigma"][rank : fact["rank"]])))
+
+
+def scaled_biases(kept: Mapping[Target, Sequence[Delta]]) -> list[ScaleBias]:
+    """Return a unit for each vector whose scaling has to be folded in."""
+    return [
+        ScaleBias(t, d, d.value.dtype)
+        for t, deltas in kept.items()
+        for d in deltas
+        if isinstance(d, Full) and not isinstance(d, Replace) and d.scaling != 1
+    ]
+
+
+def magnitudes(deltas: Sequence[Delta]) -> list[Any]:
+    """Return the magnitudes of DoRA among the deltas of a module, which are copied."""
+    return [d.refs[-1] for d in deltas if d.kind == "dora"]
+
+
+def joined_deltas(*several: Mapping[Target, tuple[Delta, ...]]) -> Deltas:
+    """Return all deltas of several mappings."""
+    found: Deltas = {}
+    for deltas in several:
+        for target, ones in deltas.items():
+            found[target] = (*found.get(target, ()), *ones)
+    return found
+
+
+def losses(total: float, residual: float) -> dict[str, float]:
     """Return the share of energy that is kept, and the relative Frobenius error."""
     lost = residual / total if total else 0.0
     return {"retained": 1 - lost, "error": sqrt(lost)}
 
 
-def settled_factors(outs: Sequence[Out], rank: int, spooled: Spooled) -> LowRank:
-    """Return the spooled factors at their settled rank, with scale 1."""
-    down, up = factor_shapes(outs[0].shape, outs[1].shape, rank)
-    return LowRank(spooled(outs[0].name, down), spooled(outs[1].name, up), 1.0)
+def shown(sigma: Sequence[float]) -> list[float]:
+    """Return singular values with the digits that a report needs."""
+    return [float(f"{s:.6g}") for s in sigma]

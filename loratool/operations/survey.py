@@ -229,11 +229,19 @@ def _bare(family: Architecture, component: str, path: str, model_class: str) -> 
     return path
 
 
+def _is_beyond(weight: Weight, config: Mapping[str, Any]) -> bool:
+    """Whether this is of a layer behind the last, which predicts a second token and is not in the live model."""
+    last = config.get("num_hidden_layers")
+    if not config.get("num_nextn_predict_layers") or not isinstance(last, int):
+        return False
+    return weight.skeleton.elements[:2] == ("model", "layers") and weight.indices[0] >= last
+
+
 def _modules(survey: Survey) -> list[Module]:
     spellings: dict[tuple[str, Skeleton], list[_Spelling]] = {}
     held: dict[str, tuple[_Spelling, list[tuple[Weight, int]]]] = {}
     for weight in (w for weights in survey.weights.values() for w in weights):
-        if isinstance(weight.layer, Excluded):
+        if isinstance(weight.layer, Excluded) or _is_beyond(weight, survey.config):
             continue
         key = weight.component, weight.skeleton
         if key not in spellings:

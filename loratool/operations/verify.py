@@ -37,12 +37,13 @@ class SampledRows:
     terms: tuple[Term, ...]
     transposed: bool
     encoded: bool
+    row: int = 0  # of the tensor at which the matrix begins
     outs: tuple[Out, ...] = ()
 
     @property
     def key(self) -> str:
         """The tensor and the place of the matrix in it."""
-        return f"verify:{self.merged.name}:{self.weight.name}:{hash(self.merged.pieces)}"
+        return f"verify:{self.merged.name}:{self.row}"
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:
@@ -52,7 +53,9 @@ class SampledRows:
     @property
     def scratch(self) -> int:
         """The deltas in fp64, and a few rows."""
-        return 32 * sum(prod(ref.shape) for t in self.terms for ref in t.delta.refs) + 64 * TILE
+        rows = max(stop - start for start, stop in self._stretches())
+        sampled = 64 * rows * prod(self.weight.shape[1:]) + self.weight.held * bool(self.weight.view)
+        return 32 * sum(prod(ref.shape) for t in self.terms for ref in t.delta.refs) + sampled + 64 * TILE
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Compute the samples and compare."""

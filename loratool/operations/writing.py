@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture
@@ -21,7 +22,7 @@ def spell(
     adapter: Adapter,
     architecture: Architecture | None,
     format: Format,
-    options: Mapping[str, str],
+    options: Mapping[str, Any],
     report: Report,
     *,
     drop_unmapped: bool = False,
@@ -38,7 +39,7 @@ def spell(
                 where=adapter.origin.path,
                 hint=f"choose: --arch {adapter.families[0]}",
             )
-        adapter = in_whole_modules(adapter, architecture)
+        adapter = in_whole_modules(adapter, architecture, options.get("config") or {})
     written = format.write(adapter, architecture, options)
     if written.losses and not drop_unmapped:
         raise InputError(
@@ -52,25 +53,26 @@ def spell(
     return written.files
 
 
-def in_whole_modules(adapter: Adapter, architecture: Architecture | None) -> Adapter:
+def in_whole_modules(adapter: Adapter, architecture: Architecture | None, config: Mapping[str, Any]) -> Adapter:
     """Return the adapter with one delta for each module that the family has, by exact splitting and joining.
 
     A delta that covers several modules is cut by its rows, `down` shared; deltas of parts of one fused weight become
-    one of the sum of their ranks.
+    one of the sum of their ranks, by the sizes in the base's `config` where the layout depends on it.
     """
     deltas: dict[Target, tuple[Delta, ...]] = {}
     parts: dict[Target, dict[str, LowRank]] = {}
-    for target, found in adapter.low_rank("bringing fused and split weights together").items():
+    plain = {t: ds for t, ds in adapter.deltas.items() if all(isinstance(d, LowRank) and d.mid is None for d in ds)}
+    for target, found in adapter.deltas.items():
         weight, _, part = target.parts[0].rpartition("[")
         if len(target.parts) > 1:
             _add(deltas, _split(target, found))
-        elif weight and not part[:-1].isdecimal() and architecture is not None:
-            parts.setdefault(Target(target.component, (weight,)), {})[target.parts[0]] = found[0]
+        elif target in plain and weight and not part[:-1].isdecimal() and architecture is not None:
+            parts.setdefault(Target(target.component, (weight,)), {})[target.parts[0]] = found[0]  # type: ignore[assignment]
         else:
             _add(deltas, {target: found})
     for target, pieces in parts.items():
         assert architecture is not None
-        _add(deltas, {target: (_join(target, pieces, architecture),)})
+        _add(deltas, {target: (_join(target, pieces, architecture, config),)})
     return replace(adapter, deltas=deltas)
 
 
@@ -86,12 +88,14 @@ def _add(deltas: dict[Target, tuple[Delta, ...]], more: Mapping[Target, tuple[De
         deltas[target] = found
 
 
-def _split(target: Target, deltas: tuple[LowRank, ...]) -> dict[Target, tuple[Delta, ...]]:
+def _split(target: Target, deltas: tuple[Delta, ...]) -> dict[Target, tuple[Delta, ...]]:
     cuts = [d.cut(len(target.parts)) for d in deltas]
     return {Target(target.component, (part,)): tuple(c[n] for c in cuts) for n, part in enumerate(target.parts)}
 
 
-def _join(target: Target, pieces: Mapping[str, LowRank], architecture: Architecture) -> LowRank:
+def _join(
+    target: Target, pieces: Mapping[str, LowRank], architecture: Architecture, config: Mapping[str, Any]
+) -> LowRank:
     """Return the delta of a fused weight: downs one below the other, ups side by side and zero elsewhere."""
     names = architecture.parts_of(target.parts[0], target.component)
     present = [pieces[name] for name in names if name in pieces]
@@ -100,15 +104,15 @@ def _join(target: Target, pieces: Mapping[str, LowRank], architecture: Architect
         rows = [max(rows)] * len(rows)  # what was not trained is as large as the rest, or the layout will not add up
     require_alike(present, target)
     try:
-        layout = architecture.layout(target.parts[0], target.component, sum(rows), {})
+        layout = architecture.layout(target.parts[0], target.component, sum(rows), config)
         wrong = [name for name, n in zip(names, rows, strict=True) if count(layout.get(name, ())) != n]
         if wrong:
             raise MismatchError(f"{wrong[0]} has {rows[names.index(wrong[0])]} rows, which its layout does not allow")
     except MismatchError as problem:
         raise MismatchError(
-            f"its parts cannot be joined without the base: {problem.what}",
+            f"its parts cannot be joined{'' if config else ' without the base'}: {problem.what}",
             where=str(target),
-            hint="merge them, which reads the base's config.json; or keep the format, which has the parts apart",
+            hint="--base MODEL: its config.json has the sizes; or keep the format, which has the parts apart",
         ) from None
     whole = below_each_other([pieces.get(name) for name in names], rows, target)
     heights = [sum(rows[:n]) for n in range(len(rows) + 1)]

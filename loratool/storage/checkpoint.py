@@ -15,7 +15,7 @@ import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loratool.errors import FormatError, InputError, StorageError
 from loratool.plan import TensorFile
@@ -132,6 +132,17 @@ def open_base(path: str, *, allow_pickle: bool = False) -> Checkpoint:
         notes=runs.second_copies(place, opened.files, _ADAPTER_WEIGHTS),
     )
     return quantised.logical(opened)
+
+
+def config_of(path: str) -> dict[str, Any]:
+    """Return the config.json of a model: of its folder, beside its weights, or the file itself."""
+    place = Path(path)
+    file = place / "config.json" if place.is_dir() else place
+    if file.suffix != ".json" or file.name.endswith(".index.json"):
+        file = file.with_name("config.json")
+    if not file.is_file():
+        raise StorageError("there is no config.json", where=path, hint="name the model's folder, or its config.json")
+    return jsonfile.read(file)
 
 
 def _base_weights(place: Path) -> Path:

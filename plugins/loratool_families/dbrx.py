@@ -16,7 +16,7 @@ DBRX = Architecture(
     layers=(
         Embedding("transformer.wte", group="embedding", roles=("embed",)),
         Linear(f"{_ATTENTION}.(Wqkv|out_proj)", group="attention", roles=("qkv", "o")),
-        Linear(f"{_EXPERTS}.(w1|v1|w2)", group="experts", roles=("gate", "up", "down")),
+        Linear(f"{_EXPERTS}.(w1|v1|w2)", group="experts", roles=("gate", "up", "down"), parameter=True),
         Linear(f"{_BLOCK}.ffn.router.layer", group="router", roles=("router",)),
         Linear("lm_head", group="head"),
     ),

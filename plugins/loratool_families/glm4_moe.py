@@ -1,9 +1,10 @@
 """GLM-4.5 (transformers: models/glm4_moe) and the relatives with latent attention (glm4_moe_lite, glm_moe_dsa).
 
-Qwen3-MoE's experts, shared experts, and LLaMA's mlp in the first layers (first_k_dense_replace).
+Qwen3-MoE's experts, shared experts, and LLaMA's mlp in the first layers (first_k_dense_replace). Released files have
+one layer more than the model: it predicts a second token, and has weights that no other layer has.
 """
 
-from loratool import Architecture, Linear, Match, hookimpl
+from loratool import Architecture, Excluded, Linear, Match, hookimpl
 
 GLM4_MOE = Architecture(
     name="glm4-moe",
@@ -15,6 +16,7 @@ GLM4_MOE = Architecture(
             group="mlp",
             roles=("gate", "up", "down"),
         ),
+        Excluded("model.layers.{i}.(eh_proj|embed_tokens|shared_head.head)", group="prediction"),
     ),
     default_targets=("q_proj", "v_proj"),
     headless=("Glm4MoeModel",),

@@ -1,10 +1,23 @@
 """Qwen3.5, dense and mixtures of experts, with vision and text only (transformers: models/qwen3_5, models/qwen3_5_moe).
 
 Gated attention as in Qwen3-Next, and linear attention whose in_proj_qkv is [q; k; v]. The text models have LLaMA's
-prefix, those with vision `model.language_model`.
+prefix, those with vision `model.language_model`. Released files have a layer that predicts a second token, `mtp`, which
+transformers does not load.
 """
 
-from loratool import Architecture, Conv1d, Conv3d, Embedding, Fused, Linear, Match, concat, hookimpl, interleave_heads
+from loratool import (
+    Architecture,
+    Conv1d,
+    Conv3d,
+    Embedding,
+    Excluded,
+    Fused,
+    Linear,
+    Match,
+    concat,
+    hookimpl,
+    interleave_heads,
+)
 
 _KEYS = "linear_num_key_heads*linear_key_head_dim"
 
@@ -35,6 +48,20 @@ _TEXT = "model.language_model"
 _LAYER = f"{_TEXT}.layers.{{i}}"
 _VISION = "model.visual"
 _GLU = "(gate_proj|up_proj|down_proj)"
+_MTP = "mtp.layers.{i}"
+_PREDICTION = ("mtp.fc", f"{_MTP}.self_attn.(q_proj|k_proj|v_proj|o_proj)", f"{_MTP}.mlp.{_GLU}")
+_PREDICTION_MOE = (
+    f"{_MTP}.mlp.(gate|shared_expert_gate)",
+    f"{_MTP}.mlp.shared_expert.{_GLU}",
+    f"{_MTP}.mlp.experts.{{e}}.{_GLU}",
+    f"{_MTP}.mlp.experts.(gate_up_proj|down_proj)",
+)
+
+
+def _excluded(*patterns: str) -> tuple[Excluded, ...]:
+    return tuple(Excluded(pattern, group="prediction") for pattern in patterns)
+
+
 QWEN3_5 = Architecture(
     name="qwen3-5",
     match=Match(model_types=("qwen3_5",)),
@@ -53,6 +80,7 @@ QWEN3_5 = Architecture(
         Linear(
             f"{_VISION}.merger.(linear_fc1|linear_fc2)", group="projection", roles=("up", "down"), tower="projector"
         ),
+        *_excluded(*_PREDICTION),
     ),
     default_targets=("q_proj", "v_proj", "in_proj_qkv"),
     fused=(*_fused(_TEXT), Fused(f"{_VISION}.blocks.{{i}}.attn.qkv", parts=("q", "k", "v"), layout=concat(parts=3))),
@@ -72,6 +100,7 @@ QWEN3_5_MOE = Architecture(
         Linear(f"{_LAYER}.mlp.experts.{{e}}.{_GLU}", group="experts", roles=("gate", "up", "down")),
         Linear(f"{_LAYER}.mlp.shared_expert.{_GLU}", group="mlp", roles=("gate", "up", "down")),
         Linear(f"{_LAYER}.mlp.(gate|shared_expert_gate)", group="router", roles=("router",)),
+        *_excluded(*_PREDICTION_MOE),
     ),
     memory=(
         f"{_LAYER}.mlp.experts.gate_up_proj = {_LAYER}.mlp.experts.{{e}}.(gate_proj|up_proj)",
@@ -83,7 +112,7 @@ QWEN3_5_TEXT = Architecture(
     name="qwen3-5-text",
     like="llama",
     match=Match(model_types=("qwen3_5_text",)),
-    layers=_mixers("model"),
+    layers=(*_mixers("model"), *_excluded(*_PREDICTION)),
     default_targets=("q_proj", "v_proj", "in_proj_qkv"),
     fused=_fused("model"),
     headless=("Qwen3_5TextModel",),
@@ -92,7 +121,7 @@ QWEN3_5_MOE_TEXT = Architecture(
     name="qwen3-5-moe-text",
     like="qwen2-moe",
     match=Match(model_types=("qwen3_5_moe_text",)),
-    layers=_mixers("model"),
+    layers=(*_mixers("model"), *_excluded(*_PREDICTION, *_PREDICTION_MOE)),
     default_targets=("q_proj", "v_proj", "in_proj_qkv"),
     fused=_fused("model"),
     headless=("Qwen3_5MoeTextModel",),

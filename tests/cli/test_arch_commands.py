@@ -540,6 +540,33 @@ def test_what_is_neither_a_family_nor_a_file_says_so(arch: Arch, verb: str) -> N
     assert "no such file or folder" in missing.err
 
 
+@pytest.mark.parametrize("verb", ["detect", "targets"])
+@pytest.mark.parametrize("word", ["llama", "gpt_neox"])
+def test_a_family_where_a_model_is_needed_is_called_one(arch: Arch, verb: str, word: str) -> None:
+    outcome = arch(verb, word)
+    assert outcome.code == 2
+    assert f"{word} is a " in outcome.err
+    assert "a model is needed here" in outcome.err
+    assert f"arch show {word}" in outcome.err
+
+
+def test_patterns_of_components_that_a_file_does_not_have_are_no_news(arch: Arch, live: Live) -> None:
+    for kind, other in (("unet", "text_model"), ("clip", "down_blocks")):
+        _, folder = live(kind)
+        outcome = arch("check", folder, "--arch", "stable-diffusion")
+        assert outcome.code == 0, outcome.err
+        assert other not in outcome.err
+
+
+def test_the_layer_of_another_prediction_is_not_counted_as_one_that_peft_adapts(arch: Arch, tmp_path: Path) -> None:
+    weights = tensors_of_llama()
+    base = write_base(tmp_path / "base", weights)
+    more = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in weights.items() if "layers.1." in n}
+    write_base(tmp_path / "more", {**weights, **more}, num_hidden_layers=2, num_nextn_predict_layers=1)
+    counts = [arch("show", f, "--json").json["totals"]["adapters"] for f in (base, tmp_path / "more")]
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("verb", ["show", "check", "detect", "targets"])
 def test_nothing_foreign_reaches_the_terminal_raw(arch: Arch, tmp_path: Path, verb: str) -> None:
     evil = "\x1b]0;owned\x07\u202e\r"

@@ -191,6 +191,24 @@ def test_the_second_text_encoder_of_xl_is_told_from_the_first(config: bool, cli:
     assert cli("arch", "show", "base", *chosen).out.count("text_model.encoder.layers.{i}.self_attn.q_proj") == 1
 
 
+def test_an_adapter_that_may_be_for_either_text_encoder_says_so_and_a_base_decides(cli: Cli) -> None:
+    """With a task type PEFT does not write down which class was trained."""
+    one = ZOO["stable-diffusion-xl-CLIPTextModelWithProjection"]
+    train(zoo.build(one), target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
+    assert json.loads(Path("adapter/adapter_config.json").read_text())["auto_mapping"] is None
+    to = ("convert", "adapter", "--to", "kohya", "-o", "style.safetensors")
+    unclear = cli(*to, "--arch", "stable-diffusion-xl")
+    assert unclear.code == 3
+    assert "can be text_encoder:" in unclear.err
+    assert "--base" in unclear.err
+    told = cli(*to, "--base", "base")
+    assert told.code == 0, told.err
+    assert all(n.startswith("lora_te2_") for n in load_file("style.safetensors"))
+    merged = cli("merge", "base", "adapter", "-o", "merged")
+    assert merged.code == 0, merged.err
+    assert_equal("merged", "theirs")
+
+
 #: models whose files have one matrix an expert, or one for what is two in memory: PEFT knows the names in memory alone
 OTHERWISE_IN_MEMORY = [
     "phimoe-PhimoeForCausalLM-tie_word_embeddings=False",

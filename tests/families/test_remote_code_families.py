@@ -392,27 +392,20 @@ def named(family: str, path: str, out: int, inputs: int, folder):
 
 
 PHI = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+GLM = {"num_key_value_heads": 2, "head_dim": 10, "pad_token_id": 0, "eos_token_id": 1}
 #: an adapter of the older spelling, its fused weight; the model of transformers with q, k, v apart, its config's sizes
 RELATIVES = {
-    "phi-msft": ("transformer.h.1.mixer.Wqkv", ("phi", "PhiForCausalLM", "PhiConfig", PHI)),
-    "phi-msft-grouped": ("transformer.h.1.mixer.Wqkv", ("phi", "PhiForCausalLM", "PhiConfig", PHI | {"num_key_value_heads": 2})),
-    "chatglm2": (
-        "transformer.encoder.layers.1.self_attention.query_key_value",
-        (
-            "glm",
-            "GlmForCausalLM",
-            "GlmConfig",
-            PHI | {"num_key_value_heads": 2, "head_dim": 10, "pad_token_id": 0, "eos_token_id": 1},
-        ),
-    ),
-    "qwen": ("transformer.h.1.attn.c_attn", ("qwen2", "Qwen2ForCausalLM", "Qwen2Config", PHI | {"num_key_value_heads": 4})),
-}  # fmt: skip
+    "phi-msft": ("transformer.h.1.mixer.Wqkv", ("phi", "Phi", PHI)),
+    "phi-msft-grouped": ("transformer.h.1.mixer.Wqkv", ("phi", "Phi", PHI | {"num_key_value_heads": 2})),
+    "chatglm2": ("transformer.encoder.layers.1.self_attention.query_key_value", ("glm", "Glm", PHI | GLM)),
+    "qwen": ("transformer.h.1.attn.c_attn", ("qwen2", "Qwen2", PHI | {"num_key_value_heads": 4})),
+}
 
 
 @pytest.mark.parametrize("name", RELATIVES)
 def test_a_fused_adapter_of_the_older_spelling_merges_into_todays_split_base(name: str, tmp_path, capsys):
-    path, (found, cls, config, sizes) = RELATIVES[name]
-    folder = record(tiny(found, cls, config, **sizes)).folder
+    path, (found, stem, sizes) = RELATIVES[name]
+    folder = record(tiny(found, f"{stem}ForCausalLM", f"{stem}Config", **sizes)).folder
     weights = load_file(folder / "model.safetensors")
     split = [f"model.layers.1.self_attn.{letter}_proj.weight" for letter in "qkv"]
     heights = [weights[n].shape[0] for n in split]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_files import (
     DOWN1,
     HIDDEN,
@@ -132,7 +132,7 @@ every_verb = pytest.mark.parametrize("verb", VERBS)
         (changed(q0_A=torch.zeros(4, HIDDEN, 1, 1)), ("dimensions", Q0)),
         (changed(q0_A=torch.zeros(4, HIDDEN, dtype=torch.int8)), ("no floating-point", "I8", Q0)),
         (changed(q0_A=torch.zeros(4, HIDDEN, dtype=torch.complex64)), ("no floating-point", "C64", Q0)),
-        ({**factors(), "extra.weight": torch.zeros(2)}, ("extra.weight", "not supported yet")),
+        ({**factors(), "extra.weight": torch.zeros(2)}, ("extra.weight", "the config says nothing of")),
         ({**factors(), f"{PREFIX}{Q0}.lora_magnitude_vector": torch.zeros(16)}, ("DoRA magnitude", Q0)),
         ({**factors(), f"{PREFIX}{Q0}.lora_B.bias": torch.zeros(16)}, ("bias on lora_B", Q0)),
         ({**factors(), f"{PREFIX}score.weight": torch.zeros(2, 16)}, ("modules_to_save", "score")),
@@ -417,7 +417,7 @@ def test_many_slow_patterns_share_one_second(tmp_path: Path, base: str, refused:
     [
         ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
-        ("bias", "all"),
+        ("bias", "some"),
         ("peft_type", "LOHA"),
         ("init_lora_weights", "pissa"),
         ("a_field_of_the_future", 1),
@@ -434,6 +434,13 @@ def test_a_config_that_changes_the_mathematics_is_refused(
     folder = write_adapter(tmp_path / "adapter")
     write_json(folder / "adapter_config.json", {**peft_config(), field: value})
     refused(INPUT, *VERBS["merge"], says=(field if field != "peft_type" else "peft",), hint=False)
+
+
+@pytest.mark.parametrize("which", ["all", "lora_only"])
+def test_biases_that_were_trained_and_are_not_there_are_missed(tmp_path: Path, refused: Refused, which: str) -> None:
+    write_base(tmp_path / "base", {**tensors_of_llama(), f"{Q0}.bias": torch.ones(HIDDEN)})
+    write_adapter(tmp_path / "adapter", bias=which)
+    refused(INPUT, *VERBS["merge"], says=("adapter", f"{Q0}.bias", "missing", "adapter_config.json"))
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -483,14 +490,30 @@ def test_a_quantised_base_is_refused(tmp_path: Path, refused: Refused, dtype: to
     refused(INPUT, "extract", "tuned", "--base", "base", "--rank", 2, "-o", "out", says=(Q0, "quantised"), hint=False)
 
 
-def test_tied_weights_are_refused(tmp_path: Path, refused: Refused) -> None:
+def test_tied_weights_of_which_one_changes_are_untied(tmp_path: Path, cli: Cli) -> None:
     tensors = {"transformer.wte.weight": torch.ones(40, 16), "transformer.h.0.attn.c_attn.weight": torch.ones(16, 48)}
     write_base(
         tmp_path / "base", tensors, model_type="gpt2", architectures=["GPT2LMHeadModel"], tie_word_embeddings=None
     )
     name = f"{PREFIX}transformer.wte.lora_embedding_"
     write_adapter(tmp_path / "adapter", {f"{name}A": torch.ones(4, 40), f"{name}B": torch.ones(16, 4)})
-    refused(INPUT, *VERBS["merge"], says=("transformer.wte", "lm_head", "tied"))
+    outcome = cli(*VERBS["merge"])
+    assert outcome.code == 0
+    assert all(text in outcome.out + outcome.err for text in ("transformer.wte", "lm_head", "tie_word_embeddings"))
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], tensors["transformer.wte.weight"])
+    assert torch.equal(merged["transformer.wte.weight"], tensors["transformer.wte.weight"] + 8)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_tied_weights_that_no_model_can_have_apart_are_refused(tmp_path: Path, refused: Refused) -> None:
+    weight = "model.encoder.layers.0.self_attn.q_proj.weight"
+    tensors = {"model.shared.weight": torch.ones(40, 16), weight: torch.ones(16, 16)}
+    classes = ["BartForConditionalGeneration"]
+    write_base(tmp_path / "base", tensors, model_type="bart", architectures=classes, tie_word_embeddings=True)
+    name = f"{PREFIX}model.shared.lora_embedding_"
+    write_adapter(tmp_path / "adapter", {f"{name}A": torch.ones(4, 40), f"{name}B": torch.ones(16, 4)})
+    refused(INPUT, *VERBS["merge"], says=("model.shared", "without that tie"))
 
 
 @pytest.mark.parametrize("verb", ["merge", "resize", "convert"])
@@ -610,11 +633,11 @@ def test_a_model_of_no_family_is_read_by_its_headers_and_what_is_not_there_refus
     [
         (("--rank", "0"), "a rank of 0 is impossible"),
         (("--rank", "-3"), "a rank of -3 is impossible"),
-        (("--energy", "2"), "an energy of 2.0 is impossible"),
-        (("--energy", "0"), "an energy of 0.0 is impossible"),
-        (("--energy", "nan"), "an energy of nan is impossible"),
+        (("--energy", "2"), "--energy 2 is impossible"),
+        (("--energy", "0"), "--energy 0 is impossible"),
+        (("--energy", "nan"), "--energy nan is impossible"),
         ((), "no rank rule"),
-        (("--rank", "x"), "not a valid integer"),
+        (("--rank", "x"), "a number, or auto"),
         (("--rank", "2", "--max-memory", "lots"), "a size such as"),
         (("--rank", "2", "--device", "banana"), "no device is called 'banana'"),
         (("--rank", "2", "--workers", "-1"), "-1"),

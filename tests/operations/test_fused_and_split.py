@@ -352,8 +352,11 @@ def test_an_extract_between_any_two_forms_is_an_adapter_of_the_fused_weight(case
     common = {"arch": case.arch, "plugins": plugins}
     report = loratool.extract(*folders, tmp_path / "adapter", rank=2, **common)
     assert [row["module"] for row in report.rows] == [case.fused]
+    if forms == "split-split" and case.arch == "baichuan":
+        assert report.rows[0]["role"] == "qkv"  # not that of the first part
     assert not [f for f in report.findings if "only in the base" in f.what]
-    delta = peft_delta(tmp_path / "adapter", case.fused)
+    module = case.fused if case.leaf else case.fused.rpartition(".")[0]  # of a bare parameter PEFT names the owner
+    delta = peft_delta(tmp_path / "adapter", module)
     torch.testing.assert_close(delta, factors[case.fused].delta, rtol=0, atol=1e-5)
     for form in ("fused", "split"):
         base = write[form](tmp_path / form, case, matrix)
@@ -482,8 +485,51 @@ def test_parts_whose_places_need_the_config_are_not_joined_without_it(case, tmp_
         loratool.convert(tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", arch=case.arch, plugins=plugins)
     assert seen.value.where == case.fused
     assert seen.value.exit_code == 3
+    assert "--base" in seen.value.hint
     assert "config.json" in seen.value.hint
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["base", "base/config.json"])
+@pytest.mark.parametrize("case", [CASES[name] for name in NEEDY], ids=NEEDY)
+def test_the_config_of_the_base_says_where_parts_go_when_they_are_joined(case, place, tmp_path, plugins):
+    """Of the base only config.json is there, and its weights are not needed."""
+    factors = alike(case, case.names)
+    peft_of(tmp_path / "adapter", factors)
+    base_of(tmp_path / "base", {}, case.config)
+    (tmp_path / "base/model.safetensors").unlink()
+    common = {"arch": case.arch, "plugins": plugins, "base": tmp_path / place}
+    loratool.convert(tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", **common)
+    wanted = plus(case, torch.zeros(case.out, IN), factors)
+    assert torch.equal(kohya_delta(tmp_path / "a.safetensors", case.fused), wanted)
+    report = loratool.compare(tmp_path / "adapter", tmp_path / "a.safetensors", **common)
+    assert report.totals["distance"] < 1e-7
+    other = random_factors({case.fused: case.out}, 7)
+    peft_of(tmp_path / "other", other)
+    distance = (other[case.fused].delta - wanted).norm() / max(other[case.fused].delta.norm(), wanted.norm())
+    report = loratool.compare(tmp_path / "adapter", tmp_path / "other", **common)
+    assert report.totals["distance"] == pytest.approx(float(distance), abs=1e-12)
+
+
+def test_a_base_names_the_family_of_an_adapter(tmp_path):
+    """By its model_type; without it LLaMA's names are read as LLaMA's."""
+    case = CASES["interleave-internlm2"]
+    peft_of(tmp_path / "adapter", alike(case, case.names))
+    base_of(tmp_path / "base", {}, case.config)
+    report = loratool.convert(
+        tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", base=tmp_path / "base", dry_run=True
+    )
+    assert report.totals["family"] == "internlm2"
+    assert sorted(row["module"] for row in report.rows) == [f"{case.fused}[{part}]" for part in "kqv"]
+
+
+def test_a_base_without_a_config_is_named(tmp_path):
+    peft_of(tmp_path / "adapter", alike(CASES["concat-gqa"], CASES["concat-gqa"].names))
+    base_of(tmp_path / "base", {}, None)
+    with pytest.raises(loratool.LoratoolError, match=r"there is no config\.json") as seen:
+        loratool.convert(tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", base=tmp_path / "base")
+    assert seen.value.exit_code == 5
+    assert str(tmp_path / "base") in str(seen.value)
 
 
 def test_a_split_adapter_stays_split_in_its_own_format(tmp_path):
@@ -621,6 +667,27 @@ def test_parts_are_inspected_as_what_they_are(name, tmp_path, plugins):
     for row in report.rows:
         factor = wanted[row["module"]][1]
         assert (row["up"], row["down"], row["alpha"]) == ([*factor.up.shape], [*factor.down.shape], factor.alpha)
+
+
+#: what is said of the parts of a fused module: their rows too, where these do not depend on the config
+TOLD = {
+    "concat-equal": ["q 0-5", "k 6-11", "v 12-17"],
+    "concat-gqa": ["q", "k", "v"],
+    "concat-gate-up": ["gate", "up"],
+    "interleave-bloom": ["q", "k", "v"],
+    "interleave-falcon": ["q", "k", "v"],
+    "blocks": ["q 4 x 2", "v 4 x 2", "k 4 x 2"],
+    "stride": ["gate 0, 2 ...", "up 1, 3 ..."],
+    "stack": [],
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_the_parts_of_a_fused_module_are_inspected_by_name(name, tmp_path, plugins):
+    case = CASES[name]
+    peft_of(tmp_path / "adapter", random_factors({case.fused: case.out}))
+    report = loratool.inspect(tmp_path / "adapter", arch=case.arch, plugins=plugins)
+    assert [(row["module"], row.get("parts", [])) for row in report.rows] == [(case.fused, TOLD[name])]
 
 
 # ------------------------------------------------------------------------------------------------------------- compare

@@ -304,10 +304,19 @@ def test_a_split_and_a_fused_spelling_of_one_update_are_equal(tmp_path):
     assert loratool.compare(tmp_path / "fused", tmp_path / "other", arch="baichuan").totals["distance"] > 0.1
 
 
-@pytest.mark.parametrize("case", [*LOST, "gpt_oss", "granitemoe", "phimoe"])
+#: all experts of a layer in one 2-D parameter: slabs of rows
+DBRX = {
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 12, "moe_num_experts": 4},
+    "max_seq_len": 64,
+}
+OTHERS = {"phimoe": ("Phimoe", {"num_local_experts": 4}), "dbrx": ("Dbrx", DBRX)}
+
+
+@pytest.mark.parametrize("case", [*LOST, "gpt_oss", "granitemoe", *OTHERS])
 def test_what_is_extracted_has_its_whole_effect_in_peft(case, tmp_path):
     """Every matrix of the model changes by rank 2; PEFT applies the extracted adapter to the base in memory."""
-    spec = (LOST | STACKED | {"phimoe": ("Phimoe", {"num_local_experts": 4})})[case]
+    spec = (LOST | STACKED | OTHERS)[case]
     live = model(*spec)
     live.save_pretrained(tmp_path / "base")
     generator = torch.Generator().manual_seed(6)

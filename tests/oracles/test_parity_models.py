@@ -2,7 +2,6 @@
 
 import copy
 import json
-import warnings
 from typing import Any
 
 import pytest
@@ -79,7 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
         LoraConfig,
         {"target_modules": ["v_proj"], "trainable_token_indices": [7, 3]},
     ),
-    "llama only tokens": ("llama", {}, TrainableTokensConfig, {"token_indices": [33, 9, 20]}),
+    "llama only tokens": ("llama", {}, TrainableTokensConfig, {"token_indices": [21, 9, 10]}),
     "llama only tokens of a tie": (
         "llama",
         {"tie_word_embeddings": True},
@@ -149,12 +148,12 @@ def loaded(model, folder):
     return type(model).from_pretrained(folder, dtype="auto").eval()
 
 
-def assert_merged(live, model, before, base, adapter, out, **options) -> Any:
+def assert_merged(live, model, before, base, adapter) -> Any:
     """Merge, load the result as the library does, and compare every parameter with PEFT's fp64 merge."""
     exact = merged_by_peft(live)
     assert changed(before, exact)
-    loratool.merge(base, [adapter], out, compute_dtype="float64", resources=ALONE, **options)
-    merged = loaded(model, out)
+    loratool.merge(base, [adapter], base.parent / "out", compute_dtype="float64", resources=ALONE)
+    merged = loaded(model, base.parent / "out")
     assert_rounded_once(merged.state_dict(), exact)
     return merged
 
@@ -168,7 +167,7 @@ def test_merged_models_hold_peft_s_weights_and_answer_like_the_live_adapter(case
     with quiet():
         live = adapted(model, config(**settings))
     adapter = save_adapter(live, tmp_path / "adapter")
-    merged = assert_merged(live, model, before, base, adapter, tmp_path / "out")
+    merged = assert_merged(live, model, before, base, adapter)
     wanted = run_model(kind, live)
     effect = float((wanted - plain).abs().max())
     assert effect > 1e-4
@@ -206,7 +205,7 @@ def test_encoder_decoder_models(case, tmp_path):
     before, plain = copy.deepcopy(model.state_dict()), t5_answer(model)
     live = adapted(model, T5[case])
     adapter = save_adapter(live, tmp_path / "adapter")
-    merged = assert_merged(live, model, before, base, adapter, tmp_path / "out")
+    merged = assert_merged(live, model, before, base, adapter)
     wanted = t5_answer(live)
     effect = float((wanted - plain).abs().max())
     assert effect > 1e-3
@@ -251,7 +250,7 @@ def test_parameters_of_experts(case, run_model, tmp_path):
         live = adapted(model, LoraConfig(r=4, lora_alpha=6, **settings))
     adapter = save_adapter(live, tmp_path / "adapter")
     wanted = run_model("mixture", live)
-    merged = assert_merged(live, model, before, base, adapter, tmp_path / "out")
+    merged = assert_merged(live, model, before, base, adapter)
     effect = float((wanted - plain).abs().max())
     assert effect > 1e-3
     assert float((run_model("mixture", merged) - wanted).abs().max()) < 1e-4 * effect + 1e-5
@@ -266,11 +265,11 @@ HEADS = {
 
 @pytest.mark.parametrize("labels", [2, 5])
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_head_that_the_base_has_not_comes_with_the_adapter(kind, labels, saved, tiny, run_model, tmp_path):
+def test_a_head_that_the_base_has_not_comes_with_the_adapter(kind, labels, saved, run_model, tmp_path):
     import transformers
 
     head, name, targets = HEADS[kind]
-    _, base = saved(kind, cls="BertForMaskedLM") if kind == "bert" else saved(kind)
+    _, base = saved(kind, cls="BertForPreTraining") if kind == "bert" else saved(kind)
     cls = getattr(transformers, name)
     with quiet():
         model = cls.from_pretrained(base, num_labels=labels).eval()
@@ -294,7 +293,7 @@ def test_a_classifier_that_the_base_has_is_replaced(saved, run_model, tmp_path):
     before = copy.deepcopy(model.state_dict())
     live = adapted(model, LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
     adapter = save_adapter(live, tmp_path / "adapter")
-    merged = assert_merged(live, model, before, base, adapter, tmp_path / "out")
+    merged = assert_merged(live, model, before, base, adapter)
     assert torch.equal(merged.classifier.weight, live.base_model.model.classifier.modules_to_save["default"].weight)
 
 
@@ -326,51 +325,4 @@ def test_repeated_layers_are_written_out_where_peft_adds_every_update_to_the_sha
             assert torch.equal(state[f"model.layers.{new}.{part}.weight"], before[f"model.layers.{old}.{part}.weight"])
     with quiet(), torch.no_grad():
         theirs = live.merge_and_unload()
-        assert float((run_model("llama", theirs) - wanted).abs().max()) > 1e-3
-
-
-def test_tied_weights_that_share_an_adapter_have_its_update_once_where_peft_adds_it_twice(saved, run_model, tmp_path):
-    model, base = saved("llama", tie_word_embeddings=True)
-    weight = model.model.embed_tokens.weight.detach().double().clone()
-    settings = {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True}
-    live = adapted(model, LoraConfig(**settings, r=4, lora_alpha=8))
-    adapter = save_adapter(live, tmp_path / "adapter")
-    layer = live.base_model.model.model.embed_tokens
-    A, B = (getattr(layer, f"lora_embedding_{f}")["default"].detach().double() for f in "AB")
-    delta = 2 * (B @ A).T
-    wanted = run_model("llama", live)
-    loratool.merge(base, [adapter], tmp_path / "out", compute_dtype="float64", resources=ALONE)
-    merged = loaded(model, tmp_path / "out")
-    assert merged.config.tie_word_embeddings
-    assert merged.lm_head.weight.data_ptr() == merged.model.embed_tokens.weight.data_ptr()
-    assert_rounded_once({"w": merged.lm_head.weight}, {"w": weight + delta})
-    torch.testing.assert_close(run_model("llama", merged), wanted, rtol=1e-4, atol=1e-5)
-    theirs = merged_by_peft(live)["model.embed_tokens.weight"]
-    torch.testing.assert_close(theirs, weight + 2 * delta, rtol=0, atol=1e-12)
-
-
-UNTIED = {
-    "embedding": ("embed_tokens", {}),
-    "head": ("lm_head", {}),
-    "dora of the embedding": ("embed_tokens", {"use_dora": True}),
-    "head in full": (None, {"modules_to_save": ["lm_head"]}),
-}
-
-
-@pytest.mark.parametrize("case", UNTIED)
-def test_one_of_two_tied_weights_is_untied_where_peft_changes_both(case, saved, run_model, tmp_path):
-    module, more = UNTIED[case]
-    model, base = saved("llama", tie_word_embeddings=True)
-    targets = ["q_proj"] if module is None else ["q_proj", module]
-    with quiet():
-        live = adapted(model, LoraConfig(target_modules=targets, **more))
-    adapter = save_adapter(live, tmp_path / "adapter")
-    wanted = run_model("llama", live)
-    loratool.merge(base, [adapter], tmp_path / "out", resources=ALONE)
-    merged = loaded(model, tmp_path / "out")
-    assert not merged.config.tie_word_embeddings
-    torch.testing.assert_close(run_model("llama", merged), wanted, rtol=1e-4, atol=1e-5)
-    if module is not None:
-        with quiet():
-            theirs = live.merge_and_unload()
         assert float((run_model("llama", theirs) - wanted).abs().max()) > 1e-3

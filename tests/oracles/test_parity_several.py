@@ -99,6 +99,13 @@ ADDS = {
         [{"target_modules": ["emb"], "token_indices": [0, 1]}, {"target_modules": ["emb"], "token_indices": [2, 9]}],
     ),
 }
+APART = {  # PEFT wants the same target parameters of all
+    "parameters, different": (
+        "parameters",
+        LoraConfig,
+        [{"target_parameters": ["lin0.weight"]}, {"target_parameters": ["lin1.weight"], "r": 3}],
+    ),
+}
 MULTIPLIES = {
     "ia3, same": (
         "mlp",
@@ -157,9 +164,9 @@ def test_adapters_add_up_as_in_peft(case, tmp_path):
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("case", [*ADDS, *MULTIPLIES])
+@pytest.mark.parametrize("case", [*ADDS, *APART, *MULTIPLIES])
 def test_weights_multiply_each_update_and_the_order_never_matters(case, tmp_path):
-    kind, config, settings = (ADDS | MULTIPLIES)[case]
+    kind, config, settings = (ADDS | APART | MULTIPLIES)[case]
     base, before, folders, deltas = trained(kind, config, settings, tmp_path)
     weights = [0.7, -0.4]
     got = merge(base, folders, tmp_path / "out", weights=weights, compute_dtype="float64")

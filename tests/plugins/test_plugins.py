@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -201,6 +202,14 @@ def test_a_plugin_file_that_is_wrong_stops_with_its_name_and_the_reason(source, 
         assert "wrong" in result.stderr.replace("\n", "")
         assert needle in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_every_command_takes_a_plugin_file():
+    from loratool.cli.main import COMMANDS, cli
+
+    commands = {name: cli.get_command(click.Context(cli), name) for name in COMMANDS}
+    commands |= {f"arch {name}": command for name, command in commands["arch"].commands.items()}
+    assert [name for name, command in commands.items() if "plugin" not in {p.name for p in command.params}] == []
 
 
 def test_a_plugin_file_given_twice_counts_once():

@@ -1,0 +1,193 @@
+"""What of a fine-tune is no low-rank delta: norms, biases, new heads, resized embeddings. Compared, and kept if asked.
+
+`--rest error` refuses a change here, `skip` leaves it out and says how much that is, `save` puts the tensors themselves
+into the adapter: modules to save, trained biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite, prod
+from typing import NamedTuple
+
+from loratool.adapter import Finding, Target
+from loratool.architecture import Architecture
+from loratool.deltas import Delta, Replace
+from loratool.errors import InputError
+from loratool.plan import Emit, Facts, Load, Out, Report
+from loratool.tensors import TensorRef, TensorSource, module_of
+
+TILE = 1 << 20
+Pair = tuple[TensorRef, TensorRef | None]  # of the tuned model, and of the base where it has one
+
+
+@dataclass(frozen=True)
+class CompareRest:
+    """Tensors that are not extracted: are they the same in both checkpoints? With `refuse`, a change is an error."""
+
+    pairs: tuple[Pair, ...]
+    refuse: bool
+    outs: tuple[Out, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The first tensor's name."""
+        return f"rest:{self.pairs[0][0].name}"
+
+    @property
+    def reads(self) -> tuple[TensorRef, ...]:
+        """All of them."""
+        return tuple(ref for pair in self.pairs for ref in pair if ref is not None)
+
+    @property
+    def scratch(self) -> int:
+        """A few tiles in fp64."""
+        return 32 * TILE
+
+    def run(self, load: Load, emit: Emit) -> Facts:
+        """Compare bytes; where they differ, measure the change."""
+        changed: dict[str, float] = {}
+        for tuned, base in self.pairs:
+            total = _change(tuned, base, load)
+            if total is not None:  # the experts of a stack have one name
+                changed[tuned.name] = changed.get(tuned.name, 0.0) + total
+        if changed and self.refuse:
+            names = list(changed)
+            raise InputError(
+                f"{len(names)} tensors changed that are not extracted: {_listed(names)}",
+                hint="--rest save keeps them whole; --rest skip leaves them out and says how much that is",
+            )
+        return {"changed": changed}
+
+
+def _change(tuned: TensorRef, base: TensorRef | None, load: Load) -> float | None:
+    """Return the squared norm of a tensor's change; None where nothing changed. Rows of one side only count whole."""
+    if base is not None and base.shape != tuned.shape:
+        rows = min(base.shape[0], tuned.shape[0])
+        common = _change(tuned.rows(0, rows), base.rows(0, rows), load) or 0.0
+        longer = tuned if tuned.shape[0] > rows else base
+        return common + (_change(longer.rows(rows, longer.shape[0]), None, load) or 0.0)
+    if base is not None and same_bytes(tuned, base, load):
+        return None
+    total = 0.0
+    for start, stop in tuned.panels(TILE):
+        new = load(tuned.rows(start, stop)).double()
+        total += float((new - load(base.rows(start, stop)).double() if base else new).square().sum())
+    if not isfinite(total):
+        raise InputError("the tensor holds NaN or infinity", where=tuned.name)
+    return total if total or base is None else None  # the same values in another dtype are no change
+
+
+def same_bytes(one: TensorRef, two: TensorRef, load: Load) -> bool:
+    """Whether two tensors are equal byte for byte; reads no further than the first panel that differs."""
+    import torch
+
+    if one.dtype != two.dtype:
+        return False
+    return all(
+        torch.equal(load(one.rows(a, b)).view(torch.uint8), load(two.rows(a, b)).view(torch.uint8))
+        for a, b in one.panels(TILE)
+    )
+
+
+def rest_units(others: Sequence[Pair], rest: str) -> list[CompareRest]:
+    """Return the comparisons of what is not extracted: one unit, to run first, where a change is an error.
+
+    Nobody should wait for every SVD to be told that a norm changed.
+    """
+    compared = tuple(map(_in_rows, others))
+    if rest == "error":
+        return [CompareRest(compared, refuse=True)] if compared else []
+    named: dict[str, list[Pair]] = {}
+    for pair in compared:
+        named.setdefault(pair[0].name, []).append(pair)
+    return [CompareRest(tuple(pairs), refuse=False) for pairs in named.values()]
+
+
+class Rest(NamedTuple):
+    """What changed and is not low-rank: the deltas that are kept of it, and the squared change that is left out."""
+
+    saved: dict[Target, tuple[Delta, ...]]
+    left_out: float
+
+
+class Savable(NamedTuple):
+    """What may be kept whole: `tensors` of the tuned model by name, and what it takes to name them.
+
+    `layers` are the matrices that a delta can be extracted of, by the name of their tensor: of such a module only the
+    bias is saved, of any other all tensors.
+    """
+
+    tensors: Mapping[str, TensorRef]
+    tuned: TensorSource
+    architecture: Architecture
+    layers: Mapping[str, Target]
+
+
+def judge(units: Sequence[CompareRest], facts: Mapping[str, Facts], report: Report, savable: Savable) -> Rest:
+    """Name in the report what changed; keep of it, whole, what is savable."""
+    tuned, architecture, layers = savable.tuned, savable.architecture, savable.layers
+    changed: dict[str, float] = {}
+    for unit in units:
+        changed |= facts[unit.key]["changed"]
+    kept = [name for name in changed if name in savable.tensors]
+    left = [name for name in changed if name not in savable.tensors]
+    names = _canonical_names(tuned, architecture, layers)
+    saved: dict[Target, tuple[Delta, ...]] = {}
+    for name in kept:
+        module = name.rpartition(".")[0]
+        alone = f"{module}.weight" in layers and name != f"{module}.weight"
+        for sibling in [name] if alone else _tensors_of(module, tuned):
+            known = architecture.find(module_of(sibling))
+            path = names[sibling]
+            component = known.component if known else architecture.at_hand or architecture.components[0]
+            saved[Target(component, (path,))] = (Replace(tuned.tensors[sibling]),)
+    if left:
+        what = f"{len(left)} changed tensors are not in the adapter: {_listed(left)}"
+        report.findings.append(Finding("warning", "--rest skip" if not kept else "left out", what))
+        report.totals["skipped_tensors"] = left
+    if kept:
+        what = f"{len(kept)} changed tensors are no low-rank deltas, and are in the adapter whole: {_listed(kept)}"
+        report.findings.append(Finding("info", "--rest save", what))
+        report.totals["saved_tensors"] = kept
+    return Rest(saved, sum(changed[name] for name in left))
+
+
+def _tensors_of(module: str, tuned: TensorSource) -> list[str]:
+    """Return the tensors that lie directly in a module."""
+    return [name for name in tuned.tensors if name.rpartition(".")[0] == module]
+
+
+def _canonical_names(tuned: TensorSource, architecture: Architecture, layers: Mapping[str, Target]) -> dict[str, str]:
+    """Return canonical module paths of all tensors: with the leading element that a file of a bare model lacks."""
+    missing = ""
+    for prefixes in architecture.prefixes.values():
+        for prefix in prefixes:
+            if any(t.parts[0].startswith(prefix) for t in layers.values()) and not any(
+                architecture.on_disk(name).startswith(prefix) for name in tuned.tensors
+            ):
+                missing = prefix
+    found = {}
+    for name in tuned.tensors:
+        module, leaf = (name.removesuffix(".bias"), ".bias") if name.endswith(".bias") else (module_of(name), "")
+        known = architecture.find(module)
+        whole = known is not None and len(known.parts) == 1
+        found[name] = (known.parts[0] if known and whole else missing + architecture.on_disk(module)) + leaf
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _in_rows(pair: Pair) -> Pair:
+    """Vectors as one row, so that they can be read in panels; as a column where one is longer."""
+    new, old = pair
+    longer = old is not None and old.shape != new.shape
+
+    def matrix(ref: TensorRef) -> TensorRef:
+        size = prod(ref.shape)
+        return ref if len(ref.shape) > 1 else replace(ref, shape=(size, 1) if longer else (1, size))
+
+    return matrix(new), matrix(old) if old is not None else None

@@ -1,0 +1,210 @@
+"""What extract keeps, leaves out and says: rank rules, the rest of a fine-tune, resized vocabularies, noise."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_peft_loads_ours import load_in_peft
+
+import loratool
+from loratool.errors import InputError, LoratoolError, MismatchError, UsageError
+
+
+def shifted(model, folder, pick, rank=3, size=0.05):
+    """Add low-rank updates to the matrices that `pick` chooses and small steps to its vectors; save the model."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if not pick(name):
+                continue
+            if weight.dim() == 1:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+                continue
+            rows, columns = weight.shape[0], weight[0].numel()
+            update = torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+            weight.add_(size * update.reshape(weight.shape))
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def every_layer(name):
+    return not any(word in name for word in ("embed", "wte", "wpe", "lm_head", "embeddings"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt2-bare", "bert", "bert-bare", "distilbert", "clip"])
+def test_saving_the_rest_gives_back_the_whole_fine_tune(kind, saved, tiny, run_model, tmp_path):
+    model, base = saved(kind)
+    plain = run_model(kind, model)
+    tuned, folder = shifted(model, tmp_path / "tuned", every_layer)
+    with pytest.raises(InputError, match="changed that are not extracted"):
+        loratool.extract(folder, base, tmp_path / "refused", rank=3)
+    report = loratool.extract(folder, base, tmp_path / "adapter", rank=3, rest="save")
+    assert report.totals["saved_tensors"]
+    assert report.totals["left_out"] == 0
+    live = load_in_peft(tiny(kind), tmp_path / "adapter")
+    wanted = run_model(kind, tuned)
+    assert float((wanted - plain).abs().max()) > 1e-2
+    torch.testing.assert_close(run_model(kind, live), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_saved_is_merged_back(saved, run_model, tmp_path):
+    import transformers
+
+    model, base = saved("bert")
+    tuned, folder = shifted(model, tmp_path / "tuned", every_layer)
+    loratool.extract(folder, base, tmp_path / "adapter", rank=3, rest="save")
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(run_model("bert", merged), run_model("bert", tuned), rtol=1e-4, atol=1e-5)
+
+
+def test_skipping_the_rest_says_how_much_that_is(saved, tmp_path):
+    model, base = saved("gpt2")
+    _, folder = shifted(model, tmp_path / "tuned", every_layer)
+    report = loratool.extract(folder, base, tmp_path / "adapter", rank=3, rest="skip")
+    before, after = (load_file(f / "model.safetensors") for f in (base, folder))
+    squares = {n: float((after[n].double() - before[n].double()).square().sum()) for n in before}
+    rest = sum(s for n, s in squares.items() if before[n].dim() == 1)
+    assert report.totals["left_out"] == pytest.approx(rest / sum(squares.values()), rel=1e-6)
+    assert set(report.totals["skipped_tensors"]) == {n for n, s in squares.items() if before[n].dim() == 1 and s}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_larger_vocabulary_is_kept_whole(tied, saved, tiny, run_model, tmp_path):
+    model, base = saved("llama", tie_word_embeddings=tied)
+    model.resize_token_embeddings(70)
+    tuned, folder = shifted(model, tmp_path / "tuned", lambda n: "q_proj" in n)
+    with pytest.raises(LoratoolError, match="70") as refusal:
+        loratool.extract(folder, base, tmp_path / "refused", rank=3)
+    assert "--rest save" in refusal.value.hint
+    report = loratool.extract(folder, base, tmp_path / "adapter", rank=3, rest="save")
+    assert any("vocabulary" in f.what for f in report.findings)
+    fresh = tiny("llama", tie_word_embeddings=tied)
+    fresh.resize_token_embeddings(70)
+    live = load_in_peft(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(run_model("llama", live), run_model("llama", tuned), rtol=1e-3, atol=1e-4)
+
+
+def test_a_tied_embedding_that_changed_is_saved_with_its_tie(saved, tiny, run_model, tmp_path):
+    model, base = saved("gpt2")
+    tuned, folder = shifted(model, tmp_path / "tuned", lambda n: "wte" in n or "c_fc.weight" in n)
+    loratool.extract(folder, base, tmp_path / "adapter", rank=3, rest="save")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["ensure_weight_tying"] is True
+    live = load_in_peft(tiny("gpt2"), tmp_path / "adapter")
+    torch.testing.assert_close(run_model("gpt2", live), run_model("gpt2", tuned), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced", "exact"])
+def test_a_known_low_rank_delta_comes_back_to_five_digits(quality, saved, tmp_path):
+    _, base = saved("llama", hidden_size=256, intermediate_size=512)
+    weights = load_file(base / "model.safetensors")
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned/config.json").write_text((base / "config.json").read_text())
+    generator = torch.Generator().manual_seed(1)
+    deltas = {}
+    for name in [n for n in weights if "proj" in n]:
+        m, n = weights[name].shape
+        deltas[name] = torch.randn(m, 5, generator=generator) @ torch.randn(5, n, generator=generator) * 0.05
+        weights[name] = weights[name] + deltas[name]
+    from safetensors.torch import save_file
+
+    save_file(weights, tmp_path / "tuned/model.safetensors", {"format": "pt"})
+    for rule in ({"rank": 5}, {"rank": "auto"}, {"energy": 1 - 1e-9}):
+        out = tmp_path / f"out {next(iter(rule.values()))}"
+        report = loratool.extract(tmp_path / "tuned", base, out, quality=quality, **rule)
+        factors = load_file(out / "adapter_model.safetensors")
+        for name, delta in deltas.items():
+            A, B = (factors[f"base_model.model.{name.removesuffix('.weight')}.lora_{f}.weight"].double() for f in "AB")
+            assert A.shape[0] == 5
+            assert float((B @ A - delta).norm() / delta.norm()) < 1e-5
+        assert report.totals["error"] < 1e-5
+
+
+def test_auto_stops_at_the_rounding_of_the_checkpoints(saved, tmp_path):
+    model, base = saved("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512)
+    _, folder = shifted(model, tmp_path / "tuned", lambda n: "proj" in n, rank=4, size=0.01)
+    report = loratool.extract(folder, base, tmp_path / "out", rank="auto")
+    for row in (r for r in report.rows if "rank" in r):
+        assert 4 <= row["rank"] <= 6  # rounding is not quite independent noise
+        assert row["noise_floor"] == pytest.approx(row["error"], rel=0.6)  # what is left is rounding
+
+
+def test_energy_and_error_rules_keep_what_they_promise(saved, tmp_path):
+    _, base = saved("llama")
+    model, _ = saved("llama", folder="again")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.save_pretrained(tmp_path / "tuned")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "tuned"))
+    for rule, check in (
+        ({"energy": 0.7}, lambda s, k: (s[:k].square().sum() / s.square().sum(), 0.7)),
+        ({"error": 0.4}, lambda s, k: (-s[k:].norm() / s.norm(), -0.4)),
+        ({"cumulative": 0.6}, lambda s, k: (s[:k].sum() / s.sum(), 0.6)),
+        ({"ratio": 3.0}, lambda s, k: (s[k - 1], s[0] / 3)),
+    ):
+        report = loratool.extract(tmp_path / "tuned", base, tmp_path / f"out {rule}", **rule)
+        for row in (r for r in report.rows if "rank" in r):
+            name = f"{row['module']}.weight"
+            sigma = torch.linalg.svdvals(after[name].double() - before[name].double())
+            got, wanted = check(sigma, row["rank"])
+            assert got >= wanted - 1e-6
+            if row["rank"] > 1 and "ratio" not in rule:  # and no rank more than needed
+                got, wanted = check(sigma, row["rank"] - 1)
+                assert got < wanted + 1e-6
+
+
+def test_a_change_of_high_rank_is_warned_of_with_the_rank_that_would_do(saved, tmp_path):
+    _, base = saved("llama")
+    model, _ = saved("llama", folder="again")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    model.save_pretrained(tmp_path / "tuned")
+    report = loratool.extract(tmp_path / "tuned", base, tmp_path / "out", rank=1)
+    (warning,) = [f for f in report.findings if f.level == "warning"]
+    assert "not of low rank" in warning.what
+    assert "would keep 90%" in warning.what
+
+
+@pytest.mark.parametrize("kilobytes", [12, 30, 60])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_extraction_within_a_budget_uses_it_up(kilobytes, dtype, saved, tmp_path):
+    model, base = saved("llama")
+    _, folder = shifted(model, tmp_path / "tuned", lambda n: "proj" in n, rank=24)
+    budget = kilobytes << 10
+    report = loratool.extract(folder, base, tmp_path / "out", budget=budget, dtype=dtype)
+    size = sum(f.stat().st_size for f in (tmp_path / "out").iterdir() if f.name != "loratool.report.json")
+    assert size == report.totals["file_bytes"] <= budget
+    largest = max(r["bytes"] // r["rank"] for r in report.rows if "rank" in r)
+    everything = all(r["retained"] > 0.9999 for r in report.rows if "rank" in r)
+    assert everything or budget - size < largest + 256
+
+
+def test_nothing_to_extract_is_refused_unless_allowed(saved, tiny, run_model, tmp_path):
+    model, base = saved("llama")
+    with pytest.raises(InputError, match="nothing to extract"):
+        loratool.extract(base, base, tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()
+    loratool.extract(base, base, tmp_path / "out", rank=2, allow_noop=True)
+    live = load_in_peft(tiny("llama"), tmp_path / "out")
+    assert torch.equal(run_model("llama", live), run_model("llama", model))
+
+
+def test_models_that_do_not_belong_together_and_impossible_ranks_are_refused(saved, tmp_path):
+    _, base = saved("llama")
+    _, other = saved("gpt2")
+    _, wide = saved("llama", folder="wide", hidden_size=64)
+    for tuned in (other, wide):
+        with pytest.raises(MismatchError):
+            loratool.extract(tuned, base, tmp_path / "out", rank=2)
+    with pytest.raises(UsageError, match="smaller side of every weight"):
+        loratool.extract(base, base, tmp_path / "out", rank=1000)
+    with pytest.raises(InputError, match="less than one rank"):
+        model, _ = saved("llama", folder="third")
+        _, tuned = shifted(model, tmp_path / "tuned", lambda n: "proj" in n)
+        loratool.extract(tuned, base, tmp_path / "out", budget=2000)
+    assert not (tmp_path / "out").exists()
