@@ -278,10 +278,8 @@ def resize(
     opened = _to_rewrite(adapter, init_adapter, reading, target, (*_patterns(exclude), *_patterns(drop)))
     format = _plugins(running).format(opened.origin.format)
     options = _spelling(format, Path(out), None)
-    architecture = _architecture(opened, running)
-    plan = operation.plan(
-        opened, architecture, rule, format, dtype=dtype, pad_rank=pad_rank, curve=curve, options=options
-    )
+    more: dict[str, Any] = {"pad_rank": pad_rank, "curve": curve, "dtype": dtype, "options": options}
+    plan = operation.plan(opened, _architecture(opened, running), rule, format, **more)
     plan.preview.sources["adapter"] = str(adapter)
     return _finish(plan, [adapter, *([init_adapter] if init_adapter else [])], out, **running)
 

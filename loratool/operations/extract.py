@@ -215,14 +215,8 @@ def plan(
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
         saved, left_out = judge(remaining, facts, report, Savable(savable, tuned, architecture, layers))
         changed = [u for u in modules if not facts[u.key].get("same")]
-        if not changed and not saved and not allow_noop:
-            raise InputError(
-                "the two models are equal: there is nothing to extract",
-                where=tuned.path,
-                hint="--allow-noop writes an adapter of zeros",
-            )
         if not changed:
-            report.findings.append(Finding("warning", tuned.path, "no weight changed: the factors are zeros"))
+            report.findings += _nothing_changed(tuned.path, allowed=allow_noop or bool(saved))
         found = [facts[u.key] for u in changed]
         # not the config's _name_or_path: that is where the base itself once came from
         adapter = Adapter({}, Origin("", tuned.path), base_model=base.path)
@@ -275,6 +269,13 @@ def _unpaired(base: TensorSource, units: Sequence[Unit]) -> list[str]:
     """Return the tensors of the base that nothing of the tuned model is compared with."""
     paired = {name for unit in units for ref in unit.reads for name in ref.name.split("+")}
     return [name for name in base.tensors if name not in paired]
+
+
+def _nothing_changed(where: str, *, allowed: bool) -> list[Finding]:
+    if not allowed:
+        what, hint = "the two models are equal: there is nothing to extract", "--allow-noop writes an adapter of zeros"
+        raise InputError(what, where=where, hint=hint)
+    return [Finding("warning", where, "no weight changed: the factors are zeros")]
 
 
 def _lost(ref: TensorRef) -> Finding:

@@ -40,9 +40,9 @@ class Rebuilt:
     """A base ready to be merged into.
 
     `replaced`: tensors of the files that are not wanted any more, and why; `brought_by`: the number of the adapter
-    whose tensor took their place; `before`: what was there. `kept_dtypes`: what `--dtype keep` means where the tensor is not
-    the file's own. `config`: changes to config.json. `settled`: by adapter, the targets whose effect is in the base
-    now; `mirrored`: deltas that are for a target too, besides its own. `twins`: what remains to be compared.
+    whose tensor took their place; `before`: what was there. `kept_dtypes`: what `--dtype keep` means where the tensor
+    is not the file's own. `config`: changes to config.json. `settled`: by adapter, the targets whose effect is in the
+    base now; `mirrored`: deltas that are for a target too, besides its own. `twins`: what remains to be compared.
     """
 
     base: Checkpoint

@@ -477,3 +477,14 @@ def test_a_header_with_the_config_of_another_component_is_refused(tiny, tmp_path
     save_file(load_file(file), tmp_path / "other.safetensors", {"lora_adapter_metadata": config})
     with pytest.raises(InputError, match=r"text_encoder\.\*, not for 'unet\."):
         open_adapter(tmp_path / "other.safetensors").require_sound()
+
+
+@pytest.mark.parametrize("wrapper", ["", WRAPPER], ids=["diffusers", "PEFT"])
+def test_only_names_without_peft_s_wrapper_are_those_of_a_diffusers_file(wrapper, tmp_path):
+    """`transformer.` is how diffusers calls a component, and how many language models begin."""
+    stem = f"{wrapper}transformer.nobody_knows.0.attn.to_q"
+    factors = {f"{stem}.lora_A.weight": torch.ones(2, 8), f"{stem}.lora_B.weight": torch.ones(8, 2)}
+    save_file(factors, tmp_path / "one.safetensors")
+    found = [f.what for f in open_adapter(tmp_path / "one.safetensors", alpha=2).findings if f.level == "error"]
+    assert [what for what in found if "diffusers" in what] == found
+    assert bool(found) == (not wrapper)

@@ -1,7 +1,9 @@
 """What extract keeps, leaves out and says: rank rules, the rest of a fine-tune, resized vocabularies, noise."""
 
 import json
+import warnings
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -207,4 +209,63 @@ def test_models_that_do_not_belong_together_and_impossible_ranks_are_refused(sav
         model, _ = saved("llama", folder="third")
         _, tuned = shifted(model, tmp_path / "tuned", lambda n: "proj" in n)
         loratool.extract(tuned, base, tmp_path / "out", budget=2000)
+    assert not (tmp_path / "out").exists()
+
+
+def mixtral():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 1 - 1e-10}, {"budget": 1 << 20}], ids=str)
+def test_a_mixture_of_experts_comes_out_whole(rule, run_model, tmp_path):
+    model = mixtral()
+    model.save_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 3 or "proj" in name:
+                *stack, rows, columns = weight.shape
+                up = torch.randn(*stack, rows, 3, generator=generator)
+                weight.add_(0.05 * up @ torch.randn(*stack, 3, columns, generator=generator))
+            elif "norm" in name:
+                weight.add_(0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    loratool.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rest="save", **rule)
+    with warnings.catch_warnings():  # PEFT looks for the patterns of parameters among modules
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+        live = peft.PeftModel.from_pretrained(mixtral(), tmp_path / "out").eval()
+    wanted, plain = run_model("llama", model), run_model("llama", mixtral())
+    assert float((run_model("llama", live) - wanted).abs().max()) < 1e-3 * float((wanted - plain).abs().max())
+
+
+def test_a_budget_over_stacked_experts_counts_what_is_written(tmp_path):
+    mixtral().save_pretrained(tmp_path / "base")
+    model = mixtral()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    model.save_pretrained(tmp_path / "tuned")
+    report = loratool.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rest="skip", budget=100_000)
+    size = sum(f.stat().st_size for f in (tmp_path / "out").iterdir() if f.name != "loratool.report.json")
+    assert 85_000 < size == report.totals["file_bytes"] <= 100_000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_numbers_that_are_none_are_named(name, value, saved, tmp_path):
+    _, base = saved("llama")
+    model, _ = saved("llama", folder="again")
+    with torch.no_grad():
+        dict(model.named_parameters())[name].view(-1)[3] = value
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(InputError, match="NaN or infinity") as refusal:
+        loratool.extract(tmp_path / "tuned", base, tmp_path / "out", rank=2, rest="save")
+    assert name in str(refusal.value)
     assert not (tmp_path / "out").exists()

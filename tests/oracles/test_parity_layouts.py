@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loratool.errors import MismatchError
 from loratool.operations import panels
 
 # -- tall weights, cut into panels and tiles ----------------------------------------------------------------------
@@ -116,6 +117,36 @@ def test_peft_s_safe_merge_rounds_twice(tmp_path):
     assert float((got != exact.to(torch.bfloat16)).double().mean()) < 1e-3
     wrong = (theirs.double() - exact).abs() > half_ulp(exact, torch.bfloat16) * (1 + 2**-8)
     assert float(wrong.double().mean()) > 0.01
+
+
+# -- square weights of unknown families ---------------------------------------------------------------------------
+
+
+def square(layer: Callable[[int, int], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(layer(12, 12))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, Conv1D], ids=["linear", "conv1D"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "vera", "ia3 of inputs", "ia3 of outputs"])
+def test_a_square_weight_that_nothing_shows_the_order_of_is_refused(kind, layer, tmp_path):
+    config, settings, _ = KINDS[kind]
+    base = save_plain(square(layer), tmp_path / "base")
+    live = adapted(square(layer), config(**{"target_modules": ["0"]} | settings))
+    adapter = save_adapter(live, tmp_path / "adapter")
+    with pytest.raises(MismatchError, match="square"):
+        merge(base, [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "boft", "oft", "oft, shared"])
+def test_kinds_that_are_on_linear_layers_only_show_it(kind, tmp_path):
+    config, settings, _ = KINDS[kind.removesuffix(", shared")]
+    settings = settings | ({"block_share": True} if "shared" in kind else {})
+    base = save_plain(square(nn.Linear), tmp_path / "base")
+    live = adapted(square(nn.Linear), config(target_modules=["0"], **settings))
+    adapter = save_adapter(live, tmp_path / "adapter")
+    got = merge(base, [adapter], tmp_path / "out", compute_dtype="float64")
+    assert_rounded_once(got, merged_by_peft(live))
 
 
 # -- fused weights ------------------------------------------------------------------------------------------------
