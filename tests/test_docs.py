@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def demo(tmp_path_factory) -> Path:
 
 
 def run(command: str, folder: Path) -> str:
-    words = command.partition("#")[0].split()
+    words = shlex.split(command, comments=True)
     done = subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     return done.stdout

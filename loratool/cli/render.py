@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SHOWN_ROWS = 12
+_USUAL = {"kind": "lora"}  # a column of nothing else says nothing
 _DISPENSABLE = (
     "parts", "group", "shape", "down", "up", "norms", "role", "alpha", "ranks", "rank_before", "unchanged", "count",
     "bytes", "spectrum",
@@ -204,7 +205,7 @@ def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None
         rows, key=lambda row: ("defects" not in row, "unchanged" in row)
     )  # these come first, what changed too
     names = [n for n in dict.fromkeys(name for row in rows[:limit] for name in row) if n not in _UNSHOWN]
-    names = [n for n in names if any(row.get(n) not in ("", None) for row in rows[:limit])]
+    names = [n for n in names if any(row.get(n) not in ("", None, _USUAL.get(n)) for row in rows[:limit])]
     left_out: list[str] = []
     wide = console.options.update(width=10_000)
     for name in (*_DISPENSABLE, *reversed(names[1:])):

@@ -286,7 +286,9 @@ def _announced(name: str, config: Mapping[str, Any]) -> bool:
 def _is_vocabulary(name: str, family: Architecture | None) -> bool:
     """Whether a tensor is one that PEFT saves by itself where the vocabulary was resized."""
     known = family.find(name.removesuffix(".weight")) if family and name.endswith(".weight") else None
-    return known is not None and known.layer.group in ("embedding", "head")
+    if known is None or family is None:
+        return False
+    return known.layer.group == "embedding" or any(known.path in group for group in family.tied)
 
 
 def _names(modules: Iterable[object], tensor: str) -> bool:

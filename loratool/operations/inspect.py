@@ -75,7 +75,7 @@ def plan(
             "families": list(adapter.families),
             "base_model": adapter.base_model,
             "modules": len(pairs),
-            "kinds": sorted({d.kind for _, d in pairs}),
+            "kinds": sorted({d.kind for _, d in pairs} - {"lora"}) and sorted({d.kind for _, d in pairs}),
             "ranks": sorted({d.rank for _, d in pairs if d.rank}),
             "alphas": sorted({d.alpha for d in lora}),
             "scalings": sorted({d.scaling for d in lora}),

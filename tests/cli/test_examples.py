@@ -19,7 +19,7 @@ from loratool.cli.main import COMMANDS, cli
 from loratool.plugins import installed
 
 QUERY = "bert.encoder.layer.{}.attention.self.query"
-SHAPES = {QUERY.format(n): (12, 12) for n in (0, 1)} | {"bert.encoder.layer.0.intermediate.dense": (20, 12)}
+SHAPES = {QUERY.format(n): (24, 24) for n in (0, 1)} | {"bert.encoder.layer.0.intermediate.dense": (40, 24)}
 PLUGIN = """
 from loratool import Architecture, Linear, Match, hookimpl
 
@@ -47,11 +47,11 @@ EXAMPLES = [(name, line) for name in COMMANDS for line in examples_of(name)]
 def bert(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = SHAPES | {
-        "bert.encoder.layer.0.attention.self.value": (12, 12),
-        "bert.embeddings.word_embeddings": (30, 12),
+        "bert.encoder.layer.0.attention.self.value": (24, 24),
+        "bert.embeddings.word_embeddings": (30, 24),
     }
     tensors = {f"{name}.weight": torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
-    return tensors | {"bert.encoder.layer.0.attention.self.query.bias": torch.zeros(12)}
+    return tensors | {"bert.encoder.layer.0.attention.self.query.bias": torch.zeros(24)}
 
 
 def write_kohya(path: Path, seed: int) -> None:

@@ -205,9 +205,9 @@ def test_models_that_do_not_belong_together_and_impossible_ranks_are_refused(sav
             loratool.extract(tuned, base, tmp_path / "out", rank=2)
     with pytest.raises(UsageError, match="smaller side of every weight"):
         loratool.extract(base, base, tmp_path / "out", rank=1000)
+    model, _ = saved("llama", folder="third")
+    _, tuned = shifted(model, tmp_path / "tuned", lambda n: "proj" in n)
     with pytest.raises(InputError, match="less than one rank"):
-        model, _ = saved("llama", folder="third")
-        _, tuned = shifted(model, tmp_path / "tuned", lambda n: "proj" in n)
         loratool.extract(tuned, base, tmp_path / "out", budget=2000)
     assert not (tmp_path / "out").exists()
 
