@@ -41,7 +41,7 @@ def companion_files(
     index = _index(base, weights)
     if index:
         files[index.name] = index
-    taken = {"README.md", *files, *base.files, *(file.name for file in weights)} | {f.where for f in findings}
+    taken = {*files, *base.files, *(file.name for file in weights)} | {f.where for f in findings}
     left = left_behind(base.folder, taken)
     if left:
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""

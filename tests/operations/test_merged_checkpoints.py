@@ -102,7 +102,7 @@ def test_the_files_around_the_weights_go_along(done: Path) -> None:
     names = {p.name for p in (done / "out").iterdir()}
     shards = {f"model-{n:05}-of-00003.safetensors" for n in (1, 2, 3)}
     expected = {"config.json", "tokenizer.json", "generation_config.json", "LICENSE", "chat_template.jinja"}
-    assert names == shards | expected | {"model.safetensors.index.json", "loratool.report.json"}
+    assert names == shards | expected | {"model.safetensors.index.json", "loratool.report.json", "README.md"}
     for name in ("tokenizer.json", "config.json", "model.safetensors.index.json"):
         assert (done / "out" / name).read_bytes() == (done / "base" / name).read_bytes()
 

@@ -128,8 +128,8 @@ def merged_of(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("write", "write_safe", "files"),
     [
-        (write_bin, write_base, ["config.json", "model.safetensors"]),
-        (write_bins, write_sharded, ["config.json", *RENAMED, "model.safetensors.index.json"]),
+        (write_bin, write_base, ["README.md", "config.json", "model.safetensors"]),
+        (write_bins, write_sharded, ["README.md", "config.json", *RENAMED, "model.safetensors.index.json"]),
     ],
 )
 def test_a_merge_is_that_of_the_same_model_in_safetensors(

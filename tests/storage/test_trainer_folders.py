@@ -92,7 +92,7 @@ def test_a_checkpoint_of_a_whole_model_is_a_base(tmp_path: Path) -> None:
         loratool.merge(base, [adapter], tmp_path / "out", allow_pickle=True)
     read = {p.name for p in seen if base in p.parents}
     assert read == {"config.json", "model.safetensors", "tokenizer.json"}
-    assert {p.name for p in (tmp_path / "out").iterdir()} - {"loratool.report.json"} == read
+    assert {p.name for p in (tmp_path / "out").iterdir()} - {"loratool.report.json", "README.md"} == read
 
 
 def test_what_a_trainer_keeps_does_not_belong_to_a_model(tmp_path: Path) -> None:
