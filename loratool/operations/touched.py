@@ -105,7 +105,7 @@ def match(rebuilt: Rebuilt, adapters: Sequence[Weighted], known: Places, archite
             problems += [f"{target}: {problem}" for problem in found]
             if not found:
                 _touch(touched, slices, target, deltas, weighted.of(target))
-                problems += _scaled_biases(touched, slices, target, deltas, weighted.of(target), base)
+                problems += _scaled_biases(touched, slices, target, (deltas, weighted.of(target)), base)
     problems += [f"{tensor}: {problem}" for tensor, problem in _conflicts(touched)]
     if problems:
         plain = [a.adapter for a in adapters]
@@ -136,14 +136,10 @@ def _touch(
 
 
 def _scaled_biases(
-    touched: AllTouched,
-    slices: Sequence[Slice],
-    target: Target,
-    deltas: Sequence[Delta],
-    weight: float,
-    base: Checkpoint,
+    touched: AllTouched, slices: Sequence[Slice], target: Target, terms: tuple[Sequence[Delta], float], base: Checkpoint
 ) -> list[str]:
     """Enter (IA)^3 factors of outputs at the biases too: what is scaled is all that a layer gives."""
+    deltas, weight = terms
     factors = [d for d in deltas if isinstance(d, Ia3) and not d.of_inputs]
     names = [f"{s.place.tensor.removesuffix('.weight')}.bias" for s in slices]
     if not factors or not any(name in base.tensors for name in names):

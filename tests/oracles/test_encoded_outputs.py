@@ -92,7 +92,8 @@ def test_a_base_as_trained_is_what_bitsandbytes_makes_of_it(
         if hasattr(module, "get_delta_weight")
     }
     assert len(updates) == 4
-    for name, weight in weights.items():
+    for name, original in weights.items():
+        weight = original
         quantised = weight.dim() == 2 and not name.startswith(("lm_head", "model.embed"))
         if quantised:
             flat = weight.flatten()[None]  # one row: bitsandbytes' AVX-512 path takes wrong scales for some widths
