@@ -46,6 +46,8 @@ def _obstacle(base: str, adapters: Sequence[Weighted], memory: int) -> str:
     if len(adapters) != 1 or adapters[0].weight != 1 or adapters[0].scales or adapters[0].adapter.skipped:
         return "only one whole adapter at weight 1 has a counterpart in PEFT"
     adapter = adapters[0].adapter
+    if any(name.startswith("initial ") for name in adapter.tensors):
+        return "PEFT draws what a PiSSA-like adapter started from anew when it loads it"
     if adapter.origin.format != "peft" or not Path(adapter.origin.path).is_dir():
         return "PEFT opens folders in its own format"
     if not Path(base, "config.json").is_file():

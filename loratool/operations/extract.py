@@ -191,6 +191,8 @@ def plan(
     decides which deltas are read in panels.
     """
     sizes.check_pad(pad_rank, rule.budget)
+    if rest == "save":
+        extracted.require_equal_ties(tuned, base, architecture)
     pairs, others, resized = _pair(tuned, base, architecture, allow_resized=rest != "error")
     chosen = _choose(pairs, target, exclude, tuned.path)
     rule.require_patterns_used(chosen, tuned.path)

@@ -7,10 +7,13 @@ from math import prod, sqrt
 from typing import Protocol
 
 from loratool.adapter import Finding
-from loratool.errors import UsageError
+from loratool.architecture import Architecture
+from loratool.errors import MismatchError, UsageError
+from loratool.operations.matching import places, tied_partner
 from loratool.operations.ranks import Rule
 from loratool.operations.resize import cost_of, losses, residual_at, shown
 from loratool.plan import Facts, Report
+from loratool.tensors import TensorSource
 
 _ENOUGH = 0.9  # the share of the energy that is spoken of where a rank keeps little
 
@@ -108,3 +111,16 @@ def _rank_that_keeps(found: Sequence[Facts], share: float) -> int:
         if kept >= wanted:
             return rank + 1
     return 0
+
+
+def require_equal_ties(tuned: TensorSource, base: TensorSource, architecture: Architecture) -> None:
+    """Raise where two weights are one in one model and two in the other: PEFT would put a saved head into both."""
+    for path, component in ((p, c) for group in architecture.tied for p in group[:1] for c in architecture.components):
+        ties = [bool(tied_partner(path, component, m, architecture, places(m, architecture))) for m in (tuned, base)]
+        if ties[0] != ties[1]:
+            which = "base" if ties[1] else "tuned model"
+            raise MismatchError(
+                f"{path} is tied to the head in the {which} and not in the other: --rest save cannot say that",
+                where=tuned.path,
+                hint="--rest skip leaves the head out; or write both models untied (tie_word_embeddings: false)",
+            )

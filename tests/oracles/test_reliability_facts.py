@@ -215,7 +215,7 @@ WORSE = "(?:[a-z_.0-9]+|[a-z]+){1,40}[A-Z]"
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
 def test_fact_6_an_evil_pattern_holds_peft_up(case: Case, field: str, tmp_path: Path) -> None:
     evil = rewritten(case.adapter, tmp_path / "evil", **{field: EVIL if "modules" in field else {EVIL: 4}})
-    assert interrupted(1.5, lambda: peft.PeftModel.from_pretrained(case.fresh(), evil))  # more than 20 s
+    assert interrupted(1.0, lambda: peft.PeftModel.from_pretrained(case.fresh(), evil))  # more than 20 s
     start = time.monotonic()
     loratool.merge(case.base, [evil], tmp_path / "out")
     assert case.moved(read(tmp_path / "out")) == pytest.approx(case.true, rel=1e-5)
@@ -228,7 +228,7 @@ def test_fact_6_an_evil_pattern_holds_peft_up(case: Case, field: str, tmp_path: 
 def test_fact_6_configs_of_absurd_size_cost_nothing(case: Case, tmp_path: Path) -> None:
     names = [f"module_{n}" for n in range(30_000)]
     many = rewritten(case.adapter, tmp_path / "many", target_modules=["q_proj", "v_proj", *names])
-    assert interrupted(1.5, lambda: peft.PeftModel.from_pretrained(case.fresh(), many))  # more than 60 s
+    assert interrupted(1.0, lambda: peft.PeftModel.from_pretrained(case.fresh(), many))  # more than 60 s
     assert len(json.loads((many / "adapter_config.json").read_text())["target_modules"]) == 30_002
     start = time.monotonic()
     loratool.merge(case.base, [many], tmp_path / "out")
