@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from loratool.encodings import Scaled, Transposed4Bit
-from loratool.operations.panels import PANEL, MergePanel, RequantisedPanel, requantised_panels
+from loratool.operations.panels import PANEL, MergePanel, requantised_panels
 from loratool.plan import Emit, Facts, Load, Out, Unit
 from loratool.storage.checkpoint import Checkpoint, Shard
 from loratool.storage.safetensors import Header
@@ -124,4 +124,3 @@ class CopiedRows:
         return {"delta": 0.0, "lost": 0.0}
 
 
-__all__ = ["Codes", "CopiedRows", "RequantisedPanel", "can_encode", "encoded_units", "in_own_encoding"]
