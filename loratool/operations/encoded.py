@@ -122,5 +122,3 @@ class CopiedRows:
         for start, stop in self.rows.panels(PANEL):
             emit(self.out, self.row + start, load(self.rows.rows(start, stop)))
         return {"delta": 0.0, "lost": 0.0}
-
-
