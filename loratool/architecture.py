@@ -15,13 +15,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from loratool import expressions, fieldtypes
 from loratool.errors import LoratoolError, MismatchError, PluginError
 from loratool.layers import Excluded, Experts, Fused, Layer
 from loratool.layouts import Rows
+from loratool.native import ANY_DENOISER, DENOISER, Labels, Named, Names, Original
 from loratool.patterns import Lexicon, Rule, Skeleton, parse_rule
+from loratool.readings import Known, Slot
 
 _OPEN = "987654321"  # stands for the open index of a stack while its paths are looked up
 _DEPTH = 3  # a name may need a rule for its prefix, one for its module and one for its expert
@@ -33,51 +35,22 @@ class Match:
 
     `shapes` are pairs of a layer's pattern and a condition on its `out` and `inp` (features), such as
     ("mid_block.attentions.{i}.transformer_blocks.{j}.attn2.to_k", "inp == 768"): they narrow families of equal names.
+    `counts` are pairs of an element and how many of it a model has, ("transformer_blocks", 19): an adapter with more is
+    of another family, one with exactly as many likely of this. `metadata` are beginnings of what trainers write as
+    ss_base_model_version or modelspec.architecture.
     """
 
     model_types: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     when: str = ""
     shapes: tuple[tuple[str, str], ...] = ()
+    counts: tuple[tuple[str, int], ...] = ()
+    metadata: tuple[str, ...] = ()
 
     def fits(self, config: Mapping[str, Any]) -> bool:
         """Whether a config is of this family."""
         named = config.get("model_type") in self.model_types or config.get("_class_name") in self.classes
         return named and expressions.holds(self.when, config)
-
-
-class Known(NamedTuple):
-    """What a family knows of a name: the canonical paths that it stands for, and their layer.
-
-    Almost always one path. Several are the parts of a weight that is fused under this name; `axis` is the index (`e`)
-    that is still open in the paths of a stack of experts. `distance` counts how far the name is from the family's own
-    spelling (rules that were needed, a prefix that was assumed): of several readings the nearest is meant.
-    """
-
-    component: str
-    parts: tuple[str, ...]
-    layer: Layer
-    role: str
-    axis: str = ""
-    distance: int = 0
-
-    @property
-    def path(self) -> str:
-        """The canonical path, for messages; parts joined by +."""
-        return "+".join(self.parts)
-
-    def at(self, index: int) -> Known:
-        """Return one layer of a stack."""
-        return self._replace(parts=tuple(p.replace("{" + self.axis + "}", str(index)) for p in self.parts), axis="")
-
-
-class Slot(NamedTuple):
-    """A place in a 3-D parameter of the live model: its path, the number, and the canonical parts that lie there."""
-
-    parameter: str
-    number: int
-    parts: tuple[str, ...]
-    unmarked: bool = False  # see layers.Experts
 
 
 @dataclass(frozen=True)
@@ -94,7 +67,9 @@ class Architecture:
     wrapped          {"transformer.": (class names)}: classes that keep the model under another element than usual
     tied             groups of paths that may share one tensor
     tied_by_default  whether they do where config.json has no tie_word_embeddings
-    kohya_prefixes   component -> the first element of kohya's flat names
+    named            component -> how the files of image tools name it (native.Named)
+    labels           what adapter files of image tools call it (native.Labels)
+    ignored          leading elements of names in single-file checkpoints that no adapter updates: `first_stage_model.`
     component_classes  component -> the names of its model's classes, which tell two text encoders apart
     at_hand          the component that the model at hand is: said where a model is recognised, not by a family
     """
@@ -113,7 +88,9 @@ class Architecture:
     wrapped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tied: tuple[tuple[str, ...], ...] = ()
     tied_by_default: bool = False
-    kohya_prefixes: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, Named] = field(default_factory=dict)
+    labels: Labels | None = None
+    ignored: tuple[str, ...] = ()
     component_classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     at_hand: str = ""
 
@@ -139,7 +116,7 @@ class Architecture:
         What two components have in common, such as the layers of two text encoders, is then that component's.
         """
         by_class = [c for c, classes in self.component_classes.items() if model_class in classes]
-        paths = list(paths) if len(self.components) > 1 and not by_class else []
+        paths = [p for p in paths if not self.ignores(p)] if len(self.components) > 1 and not by_class else []
         by_names = [c for c in self.components if paths and all(self.find(path, c) for path in paths)]
         found = next(iter(by_class or by_names), "")
         return replace(self, at_hand=found) if found else self
@@ -167,7 +144,13 @@ class Architecture:
         return tuple(rule for text in self.memory for rule in parse_rule(text))
 
     def find(self, path: str, component: str | None = None) -> Known | None:
-        """Return what this family knows of a dotted path, in any spelling it may have on disk or in memory."""
+        """Return what this family knows of a dotted path, in any spelling it may have on disk or in memory.
+
+        A path may say itself which component it is in: `unet:conv_in`, as in a pipeline of diffusers.
+        """
+        said, colon, rest = path.partition(":")
+        if colon and component is None:
+            component, path = said, rest
         return next(self._readings(path, self._order if component is None else (component,)), None)
 
     def readings(self, path: str) -> list[Known]:
@@ -185,10 +168,17 @@ class Architecture:
 
     def _find(self, component: str, path: str, depth: int) -> Known | None:
         spellings = [path, *(prefix + path for prefix in self.prefixes.get(component, ()))]
+        native = self._native(component, path) if depth == _DEPTH else None
+        if native is not None and not native.distance:
+            return native
         for spelling in spellings:
             found = self._canonical(component, spelling)
             if found:
-                return found if spelling is path or component in self.bare_in_memory else found._replace(distance=1)
+                borrowed = component in self.named and self.named[component].borrowed
+                near = spelling is path or component in self.bare_in_memory
+                return found if near and not borrowed else found._replace(distance=1)
+        if native is not None:
+            return native
         for spelling in spellings if depth else ():
             for rule in self.rules:
                 stands_for = rule.apply(spelling)
@@ -256,24 +246,82 @@ class Architecture:
         found = self._fused[component].find(whole)
         return found.value if found else ()
 
+    @cached_property
+    def natives(self) -> dict[str, Names]:
+        """The rules between the original spelling and the canonical one, by component."""
+        return {
+            c: Names(named.native, [skeleton.elements for skeleton, _ in self._lexicons[c]])
+            for c, named in self.named.items()
+        }
+
     def kohya_prefix(self, component: str) -> str:
         """Return the first element of kohya's flat names for a component."""
-        return self.kohya_prefixes.get(component, "lora_te")
+        return self.named[component].kohya if component in self.named else "lora_te"
 
     def unflatten(self, flat: str) -> list[Known]:
         """Return every reading of a kohya module name (`lora_unet_down_blocks_0_...`); more than one is ambiguous."""
-        known = []
+        readings = []
         for component in self.components:
-            start = self.kohya_prefix(component)
-            if flat.startswith(start + "_"):
-                found = self._lexicons[component].unflatten(flat[len(start) + 1 :])
-                far = component not in self.kohya_prefixes
-                known += [Known(component, (f.path,), f.value, f.value.role(f.skeleton), "", far) for f in found]
-        return known
+            named = self.named.get(component)
+            starts = (named.kohya, *named.also, *(ANY_DENOISER if named.comfy == DENOISER else ())) if named else ("",)
+            for start in starts if named else ("lora_te",):
+                if flat.startswith(start + "_"):
+                    readings += self._flat_readings(component, flat[len(start) + 1 :])
+        return list({(k.component, k.parts): k for k in reversed(readings)}.values())[::-1]
+
+    def _flat_readings(self, component: str, flat: str) -> list[Known]:
+        named = self.named.get(component)
+        here = named is None or named.flat == "canonical"
+        far = int(not here or (named is not None and named.borrowed))
+        found = self._lexicons[component].unflatten(flat)
+        known = [Known(component, (f.path,), f.value, f.value.role(f.skeleton), "", far) for f in found]
+        originals = self.natives[component].unflatten(flat) if named else []
+        natives = [self._of_original(component, o, int(here)) for o in originals]
+        return sorted([*known, *(k for k in natives if k)], key=lambda k: k.distance)
+
+    def _of_original(self, component: str, original: Original, distance: int) -> Known | None:
+        """Return what a weight of the original spelling is, if all its parts are layers."""
+        paths = (part.removesuffix(".weight") for part in original.parts)  # a parameter may stand for a weight
+        known = [k for k in (self._canonical(component, path) for path in paths) if k]
+        if len(known) < len(original.parts):
+            return None
+        whole = known[0] if len(known) == 1 else _combined(known, "")
+        return whole._replace(distance=distance, heights=original.heights, swap=original.swap, turned=original.turned)
+
+    def original(self, component: str, path: str, *, last: bool = False) -> Original:
+        """Return the weight of the original spelling that a canonical path lies in; its own name where no rule says.
+
+        Where several rules do, by the first or by the `last` of them (see native.Named.flat).
+        """
+        found = self.natives[component].original(path, last=last) if component in self.natives else None
+        return found if found and not found.turned else Original(path, (path,))  # adapters turn nothing
+
+    def _native(self, component: str, path: str) -> Known | None:
+        """Return what a name in the original spelling is, with the leading elements that checkpoints have or not."""
+        named = self.named.get(component)
+        if named is None:
+            return None
+        start = self.start_of(component, path)
+        starts, rest = bool(start), path.removeprefix(start)
+        original = self.natives[component].find(rest)
+        known = self._of_original(component, original, distance=int(not starts)) if original else None
+        return known or (self._canonical(component, rest) if starts else None)
 
     def explains(self, paths: Iterable[str]) -> bool:
-        """Whether every module path belongs to this family."""
-        return all(self.find(path) is not None for path in paths)
+        """Whether every module path belongs to this family, less those that it ignores."""
+        return all(self.ignores(path) or self.find(path) is not None for path in paths)
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor is beside what adapters update: `first_stage_model.*`, another component of a pipeline."""
+        component, colon, _ = name.partition(":")
+        beside = bool(colon) and "" not in self.components and component not in self.components
+        return beside or name.startswith(self.ignored)
+
+    def start_of(self, component: str, name: str) -> str:
+        """Return the elements that a checkpoint of one file, or ComfyUI, puts before a component's names; or none."""
+        named = self.named.get(component)
+        starts = (*named.checkpoint, named.comfy) if named else ()
+        return max((s for s in starts if s and name.startswith(s)), key=len, default="")
 
     def in_memory(self, component: str, path: str, model_class: str = "") -> str:
         """Return the module path of the live transformers or diffusers model, where PEFT counts its names from."""
@@ -349,7 +397,7 @@ class Architecture:
             shape = re.sub(r"\{\w+\}", "{}", skeleton.text)  # an index is one, whatever it is called
             if seen.setdefault((layer.component, shape), layer) is not layer:
                 raise PluginError(f"two layers claim {skeleton.text!r}", where=self.name)
-        named = {"prefixes": self.prefixes, "bare_in_memory": self.bare_in_memory}
+        named = {"prefixes": self.prefixes, "bare_in_memory": self.bare_in_memory, "named": self.named}
         named |= {"component_classes": self.component_classes, "fused": [f.component for f in self.fused]}
         for component, where in ((c, where) for where, components in named.items() for c in components):
             if component not in self.components:

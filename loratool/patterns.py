@@ -76,15 +76,15 @@ class Skeleton(NamedTuple):
 @lru_cache(maxsize=4096)
 def parse(pattern: str) -> tuple[Skeleton, ...]:
     """Expand the choices of `pattern` into skeletons; raises UsageError where it is malformed."""
-    choices = _choices(pattern)
-    last = max((n for n in range(1, len(choices), 2)), default=None)
+    parts = choices(pattern)
+    last = max((n for n in range(1, len(parts), 2)), default=None)
     return tuple(
         Skeleton(_elements("".join(text for _, text in picked), pattern), picked[last][0] if last is not None else 0)
-        for picked in product(*(enumerate(c) for c in choices))
+        for picked in product(*(enumerate(c) for c in parts))
     )
 
 
-def _choices(pattern: str) -> list[list[str]]:
+def choices(pattern: str) -> list[list[str]]:
     """Return literal, alternatives, literal, alternatives, ..., literal; a literal is a list of one."""
     return [p.split("|") if n % 2 else [p] for n, p in enumerate(re.split(r"\(([^()]*)\)", pattern))]
 
@@ -147,6 +147,11 @@ def outline(path: str) -> str:
     return _DIGITS.sub("#", path)
 
 
+def numbers(path: str) -> list[int]:
+    """Return the numbers in a path, dotted or flat, that are whole elements."""
+    return [int(n) for n in _DIGITS.findall(path)]
+
+
 def flatten(path: str) -> str:
     """Return kohya's flat spelling of a path: dots become underscores."""
     return path.replace(".", "_")
@@ -195,26 +200,24 @@ class Lexicon(Generic[T]):
 
     def unflatten(self, flat: str) -> list[Found[T]]:
         """Return every dotted path of these patterns whose flat spelling is `flat`: none, one, or an ambiguity."""
-        numbers = [int(n) for n in _DIGITS.findall(flat)]
         found = []
         for skeleton, value in self._flat.get(outline(flat), ()):
-            path = _place(skeleton, numbers)
+            path = _place(skeleton, numbers(flat))
             if path is not None and flatten(path) == flat:
                 found.append(Found(path, value, skeleton))
         return found
 
 
-def _place(skeleton: Skeleton, numbers: list[int]) -> str | None:
+def _place(skeleton: Skeleton, given: list[int]) -> str | None:
     """Put the numbers of a flat name into a skeleton, or None where a literal number differs."""
-    rest = iter(numbers)
+    rest = iter(given)
     path = []
     for element in skeleton.elements:
         if _variable(element):
             path.append(element.replace("{" + _variable(element) + "}", str(next(rest))))
             continue
-        for literal in _DIGITS.findall(flatten(element)):
-            if next(rest) != int(literal):
-                return None
+        if any(next(rest) != literal for literal in numbers(flatten(element))):
+            return None
         path.append(element)
     return join(path)
 
@@ -265,7 +268,7 @@ class Rule(NamedTuple):
 def parse_rule(text: str) -> tuple[Rule, ...]:
     """Expand the choices of `left = right`; raises UsageError where the sides do not correspond."""
     left, equals, right = (side.strip() for side in text.partition("="))
-    ours, theirs = _choices(left), _choices(right)
+    ours, theirs = choices(left), choices(right)
     shared = len(ours) // 2
     extra = len(theirs) // 2 - shared
     if (
@@ -278,8 +281,8 @@ def parse_rule(text: str) -> tuple[Rule, ...]:
         )
     rules = []
     for picked in product(*(range(len(c)) for c in ours[1::2])):
-        one = _pick(ours, picked)
-        many = [_pick(theirs, (*picked, n)) for n in range(len(theirs[-2]))] if extra else [_pick(theirs, picked)]
+        one = pick(ours, picked)
+        many = [pick(theirs, (*picked, n)) for n in range(len(theirs[-2]))] if extra else [pick(theirs, picked)]
         rule = Rule(Skeleton(_elements(one, text), 0), tuple(Skeleton(_elements(m, text), 0) for m in many))
         unbound = set(rule.left.variables) - set(rule.parts[0].variables)
         if unbound or len(set(rule.parts[0].variables) - set(rule.left.variables)) > 1 or "*" in rule.left.elements:
@@ -288,9 +291,10 @@ def parse_rule(text: str) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _pick(choices: list[list[str]], picked: tuple[int, ...]) -> str:
-    numbers = iter(picked)
-    return "".join(c[next(numbers)] if n % 2 else c[0] for n, c in enumerate(choices))
+def pick(every: list[list[str]], picked: tuple[int, ...]) -> str:
+    """Return the text with these alternatives of its choices."""
+    places = iter(picked)
+    return "".join(c[next(places)] if n % 2 else c[0] for n, c in enumerate(every))
 
 
 def _bind(skeleton: Skeleton, path: str) -> tuple[dict[str, str], tuple[str, ...]] | None:

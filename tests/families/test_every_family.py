@@ -133,7 +133,7 @@ def test_names_in_memory_are_found_and_written_back(one: Tiny, plugins):
 @pytest.mark.parametrize("one", ZOO, ids=str)
 def test_the_family_is_found_by_config_and_fits_by_names(one: Tiny, plugins):
     base = checkpoint.open_base(str(record(one).folder))
-    assert family_of(base, plugins).architecture.name == one.family
+    assert family_of(base, plugins).architecture.name == one.alone
     assert plugins.architecture(one.family).explains(matrices(base.tensors))
 
 
@@ -152,8 +152,8 @@ def test_fused_layouts_divide_the_rows_among_the_parts(one: Tiny, plugins):
     architecture = plugins.architecture(one.family)
     live = record(one)
     base = checkpoint.open_base(str(live.folder))
-    for (component, (path,)), place in places(base, architecture).items():
-        out = place.out
+    for target, place in places(base, architecture).items():
+        component, (path,), out = target.component, target.parts, place.out
         parts = architecture.layout(path, component, out, live.config) if "[" not in path or "[0]" in path else {}
         if parts:
             rows = sorted(row for ranges in parts.values() for r in ranges for row in r)

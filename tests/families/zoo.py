@@ -12,11 +12,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PARTS = ("zoo_classic", "zoo_dense", "zoo_experts", "zoo_encoders")
+PARTS = ("zoo_classic", "zoo_dense", "zoo_experts", "zoo_encoders", "zoo_images", "zoo_videos")
 
 
 class Tiny(NamedTuple):
-    """A model to build: `library.cls(library.config(**settings))`; diffusers models take the settings themselves."""
+    """A model to build: `library.cls(library.config(**settings))`; diffusers models take the settings themselves.
+
+    `alone` is the family that a component is of where nothing but its own folder is given: T5, as a part of Flux.
+    """
 
     family: str
     cls: str
@@ -24,6 +27,7 @@ class Tiny(NamedTuple):
     settings: tuple[tuple[str, Any], ...] = ()
     component: str = ""
     library: str = "transformers"
+    alone: str = ""
 
     def __str__(self) -> str:
         extra = ",".join(f"{n}={v}" for n, v in self.settings if isinstance(v, (bool, str)))
@@ -31,10 +35,17 @@ class Tiny(NamedTuple):
 
 
 def tiny(
-    family: str, cls: str, config: str = "", *, component: str = "", library: str = "transformers", **settings: Any
+    family: str,
+    cls: str,
+    config: str = "",
+    *,
+    component: str = "",
+    library: str = "transformers",
+    alone: str = "",
+    **settings: Any,
 ) -> Tiny:
     """Return a Tiny; nested configs are given as dicts."""
-    return Tiny(family, cls, config, tuple(settings.items()), component, library)
+    return Tiny(family, cls, config, tuple(settings.items()), component, library, alone or family)
 
 
 class Record(NamedTuple):
