@@ -13,36 +13,12 @@ from typing import Any
 import torch
 
 from loratool import deltas
+from loratool.algebra import rotations
 from loratool.algebra.deltas import as_matrices, is_finite
+from loratool.algebra.dense import Dense, Rows, numbers
 from loratool.errors import InputError
 from loratool.plan import Load
 from loratool.tensors import TensorRef
-
-Rows = slice | torch.Tensor  # of a block: a stretch, or row numbers
-
-
-class Dense:
-    """A loaded delta. `needs_inputs`: a block must have all inputs of its rows, or `survey` must have seen them."""
-
-    needs_inputs = False
-
-    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
-        self.delta, self.transposed = delta, transposed
-        self.tensors = [load(ref).to(wide) for ref in delta.refs]
-        for ref, tensor in zip(delta.refs, self.tensors, strict=True):
-            if not is_finite(tensor):
-                raise InputError("the adapter's tensors hold NaN or infinity", where=ref.name)
-
-    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
-        """Return dW (rows, columns) where the weight is W (rows, columns)."""
-        raise NotImplementedError
-
-    def survey(self, blocks: Iterable[tuple[torch.Tensor, Rows, slice]]) -> None:
-        """See the whole weight before the first block, once, where blocks do not have all inputs."""
-
-    def put(self, target: torch.Tensor, picked: Rows, rows: Rows, columns: slice) -> None:
-        """Put into `target[picked]`, which is such a block, what takes its place, of kinds that replace a weight."""
-        raise NotImplementedError
 
 
 class _LowRank(Dense):
@@ -55,23 +31,71 @@ class _LowRank(Dense):
 
 
 class _Dora(Dense):
-    needs_inputs = True
-
     def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
         super().__init__(delta, load, wide, transposed=transposed)
-        self.inner = _LowRank(delta.inner, load, wide, transposed=transposed)
-        self.magnitude = self.tensors[-1].flatten()  # (out,)
-        self.squared: torch.Tensor | None = None  # norms (out,), where they had to be found beforehand
+        self.inner = dense(delta.inner, load, wide, transposed=transposed)
+        self.magnitude = self.tensors[-1].flatten()  # (out,) or (in,)
+        self.squared: torch.Tensor | None = None  # norms (out,) or (in,), where they had to be found beforehand
 
     def survey(self, blocks: Iterable[tuple[torch.Tensor, Rows, slice]]) -> None:
         self.squared = torch.zeros_like(self.magnitude)
         for W, rows, columns in blocks:
-            self.squared[rows] += (W + self.inner.block(W, rows, columns)).square().sum(dim=1)
+            squares = (W + self.inner.block(W, rows, columns)).square()
+            if self.delta.of_inputs:
+                self.squared += self._of_inputs(squares)
+            else:
+                self.squared[rows] += squares.sum(dim=1)
 
     def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
         moved = W + self.inner.block(W, rows, columns)
-        squared = moved.square().sum(dim=1) if self.squared is None else self.squared[rows]
-        return moved * (self.magnitude[rows] / squared.sqrt())[:, None] - W
+        if not self.delta.of_inputs:
+            squared = moved.square().sum(dim=1) if self.squared is None else self.squared[rows]
+            return moved * _divided(self.magnitude[rows], squared.sqrt())[:, None] - W
+        if self.squared is None:  # all outputs of some inputs: a matrix stored (in, out)
+            return moved * _divided(self.magnitude[columns], moved.square().sum(dim=0).sqrt()) - W
+        factors = _divided(self.magnitude, self.squared.sqrt())
+        return moved * factors.repeat_interleave(W.shape[1] // len(factors)) - W
+
+    def _of_inputs(self, squares: torch.Tensor) -> torch.Tensor:
+        return squares.sum(dim=0).view(len(self.magnitude), -1).sum(dim=1)
+
+
+def _divided(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """Return magnitude / norm; where the norm is 0 there is nothing to be scaled."""
+    return torch.where(norm > 0, magnitude / norm, 0)
+
+
+class _Glora(Dense):
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        super().__init__(delta, load, wide, transposed=transposed)
+        self.a1, self.a2 = (t.flatten(1) for t in self.tensors[:2])  # (in, r), (r, in)
+        self.b = _LowRank(delta.b, load, wide, transposed=transposed)
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        inputs = W.reshape(len(W), len(self.a1), -1)  # (rows, in, kernel)
+        through = torch.einsum("oik,ir,rj->ojk", inputs, self.a1, self.a2).reshape(W.shape)
+        return float(self.delta.b.scaling) * through + self.b.block(W, rows, columns)
+
+
+class _Sparse(Dense):
+    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
+        super().__init__(delta, load, wide, transposed=transposed)
+        (self.rows, self.columns), (out, inputs) = self.tensors[0].long(), self.tensors[2].tolist()
+        inside = (self.rows < out) & (self.columns < inputs) & (self.rows >= 0) & (self.columns >= 0)
+        if (out, inputs) != delta.matrix_shape or not bool(inside.all()):
+            told = f"{int(out)} x {int(inputs)} with indices up to {int(self.rows.max())}, {int(self.columns.max())}"
+            what = f"the sparse remainder is of a matrix {told}, the factors' is {delta.matrix_shape}"
+            raise InputError(what, where=delta.name, hint="16-bit indices overflow above 32,767")
+
+    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
+        wanted = numbers(rows, self.delta.shape[0]).to(W.device)
+        place = torch.full((self.delta.shape[0],), -1, device=W.device)
+        place[wanted] = torch.arange(len(wanted), device=W.device)
+        start = columns.start or 0
+        here = (place[self.rows] >= 0) & (self.columns >= start) & (self.columns < start + W.shape[1])
+        result = torch.zeros_like(W)
+        at = (place[self.rows[here]], self.columns[here] - start)
+        return result.index_put_(at, float(self.delta.scaling) * self.tensors[1][here], accumulate=True)
 
 
 class _Full(Dense):
@@ -170,49 +194,14 @@ class _Vera(Dense):
         return up @ (lambda_d[:, None] * A[:, start : start + W.shape[1]])
 
 
-class _Oft(Dense):
-    needs_inputs = True
-
-    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
-        super().__init__(delta, load, wide, transposed=transposed)
-        size, vectors = delta.size, self.tensors[0]
-        row, column = torch.triu_indices(size, size, 1, device=vectors.device)
-        Q = vectors.new_zeros(len(vectors), size, size)
-        Q[:, row, column] = vectors
-        self.R = cayley(Q - Q.transpose(1, 2), delta.terms)  # (n, size, size)
-
-    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
-        pieces = W.reshape(len(W), -1, self.delta.size)  # (rows, n, size)
-        R = self.R.expand(pieces.shape[1], -1, -1)
-        return torch.einsum("onk,njk->onj", pieces, R).reshape(W.shape) - W
-
-
-class _Boft(Dense):
-    needs_inputs = True
-
-    def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
-        super().__init__(delta, load, wide, transposed=transposed)
-        raw, self.scale = self.tensors[0], self.tensors[1].flatten()  # (out,)
-        factors, blocks, size, _ = raw.shape
-        skew = 0.5 * (raw - raw.transpose(2, 3))
-        self.R = cayley(skew.flatten(0, 1), 0).view(factors, blocks, size, size)
-        self.orders = [_butterfly(blocks * size, blocks >> n, size // 2, factors) for n in range(factors)]
-
-    def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
-        rotated = W
-        for R, order in zip(self.R, self.orders, strict=True):  # W P B^T P^T for each factor P B P^T of the product
-            mixed = rotated[:, order.argsort()].reshape(len(W), len(R), -1)
-            rotated = torch.einsum("onk,njk->onj", mixed, R).reshape(W.shape)[:, order]
-        return rotated * self.scale[rows, None] - W
-
-
 class _Ia3(Dense):
     def block(self, W: torch.Tensor, rows: Rows, columns: slice) -> torch.Tensor:
         factors = self.tensors[0].flatten()
+        change = factors if self.delta.less_one else factors - 1
         if not self.delta.of_inputs:
-            return W * (factors[rows, None] - 1)
+            return W * change[rows, None]
         kernel = 1 if self.transposed else W.shape[1] // len(factors)
-        return W * (factors.repeat_interleave(kernel)[columns] - 1)
+        return W * change.repeat_interleave(kernel)[columns]
 
 
 class _Taken(Dense):
@@ -221,7 +210,6 @@ class _Taken(Dense):
     def __init__(self, delta: Any, load: Load, wide: torch.dtype, *, transposed: bool) -> None:
         self.delta, self.transposed = delta, transposed
         self.whole = dense(delta.of, load, wide, transposed=transposed)
-        self.needs_inputs = self.whole.needs_inputs
         self.tensors = self.whole.tensors
         self.rows = torch.tensor([row for run in delta.rows for row in run])
 
@@ -241,9 +229,12 @@ _KINDS: dict[type[deltas.Delta], type[Dense]] = {
     deltas.LoHa: _LoHa,
     deltas.LoKr: _LoKr,
     deltas.Vera: _Vera,
-    deltas.Oft: _Oft,
-    deltas.Boft: _Boft,
+    deltas.Oft: rotations.InputOft,
+    deltas.Boft: rotations.InputBoft,
+    deltas.OutputOft: rotations.OutputOft,
+    deltas.Glora: _Glora,
     deltas.Ia3: _Ia3,
+    deltas.Sparse: _Sparse,
     deltas.Taken: _Taken,
 }
 
@@ -279,33 +270,3 @@ def kronecker_pair(delta: deltas.LoKr, tensors: list[torch.Tensor]) -> tuple[tor
         return w1, (up @ down).view(len(up), second[1].shape[1], -1)
     w2 = second[0] if len(second) == 1 else second[0] @ second[1]
     return w1, w2.reshape(*w2.shape[:2], -1)
-
-
-def cayley(Q: torch.Tensor, terms: int) -> torch.Tensor:
-    """Return (I - Q) (I + Q)^-1 of skew-symmetric Q (n, size, size).
-
-    With `terms` > 0 it is what PEFT trains with, a cut Neumann series for -Q: I + 2 Q + 2 Q^2 + ... + Q^last, where
-    last is terms - 1, or 3 with 3 terms (peft/tuners/oft/layer.py, 0.21.2).
-    """
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
-    if not terms:
-        solved: torch.Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
-        return solved
-    last = terms - 1 if terms < 3 else max(terms - 1, 3)
-    total, power = eye.clone(), eye
-    for n in range(1, last + 1):
-        power = power @ Q
-        total += power if n == last > 1 else 2 * power
-    return total
-
-
-def _butterfly(n: int, blocks: int, half: int, factors: int) -> torch.Tensor:
-    """Return the order in which a butterfly factor takes n inputs.
-
-    Within each of `blocks` blocks, even stretches of `half` inputs come before odd ones (peft/tuners/boft/layer.py).
-    """
-    inputs = torch.arange(n)
-    if factors == 1:
-        return inputs
-    stretches = inputs.view(blocks, -1, half)
-    return torch.cat([stretches[:, 0::2], stretches[:, 1::2]], dim=1).flatten()

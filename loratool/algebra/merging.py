@@ -16,7 +16,8 @@ import torch
 from loratool import dtypes
 from loratool.algebra import lowrank, quantisation
 from loratool.algebra.deltas import is_finite, spread
-from loratool.algebra.kinds import Dense, dense, lora_factors
+from loratool.algebra.dense import Dense
+from loratool.algebra.kinds import dense, lora_factors
 from loratool.deltas import LowRank, Replace, Term, Tokens
 from loratool.errors import InputError
 from loratool.plan import Load
@@ -120,8 +121,7 @@ class Sums:
         for term in (t for t in self.terms if not isinstance(t.delta, LowRank)):
             part = Part(term, dense(term.delta, load, self.wide, transposed=self.transposed), self.weight.shape)
             parts.append(part)
-            if self.transposed:
-                part.survey((self._rows(a, b).to(self.wide), a) for a, b in survey)
+            part.survey((self._rows(a, b).to(self.wide), a) for a, b in survey)
         order = {id(p): (not p.replaces, *map(digest, p.dense.tensors), p.term.weight) for p in parts}
         return sorted(parts, key=lambda p: order[id(p)])
 
@@ -142,8 +142,8 @@ class Part:
                 at += len(run)
 
     def survey(self, tiles: Iterable[tuple[torch.Tensor, int]]) -> None:
-        """Show the whole weight to a delta that has to see all inputs first."""
-        if self.dense.needs_inputs:
+        """Show the whole weight to a delta for which tiles, some rows of what is stored, are not enough."""
+        if self.term.delta.mixes(outputs=not self.transposed):
             self.dense.survey(block for tile, start in tiles for block in self._blocks(tile, start))
 
     def add_to(self, tile: torch.Tensor, original: torch.Tensor, start: int) -> None:

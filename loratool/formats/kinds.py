@@ -17,7 +17,7 @@ Tensors = Mapping[str, TensorRef]
 
 def loha(parts: Tensors, scaling: float) -> LoHa:
     """hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and for kernels hada_t1 and hada_t2."""
-    w1_a, w1_b, w2_a, w2_b = _take(parts, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    w1_a, w1_b, w2_a, w2_b = take(parts, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     t1, t2 = parts.get("hada_t1"), parts.get("hada_t2")
     if (t1 is None) != (t2 is None):
         raise ValueError("one of hada_t1 and hada_t2 is missing")
@@ -25,10 +25,10 @@ def loha(parts: Tensors, scaling: float) -> LoHa:
         _require_matrices(a, b)
         inner = (a.shape[0], b.shape[0]) if core is not None else (a.shape[1], b.shape[0])
         if (inner[0] != inner[1]) if core is None else (core.shape[:2] != inner or len(core.shape) < 3):
-            raise ValueError(f"the factors do not fit: {_shapes(parts)}")
+            raise ValueError(f"the factors do not fit: {shapes(parts)}")
     delta = LoHa(w1_a, w1_b, w2_a, w2_b, scaling, t1, t2)
     if delta.shape != LoHa(w2_a, w2_b, w1_a, w1_b, scaling, t2, t1).shape:
-        raise ValueError(f"the two products have different shapes: {_shapes(parts)}")
+        raise ValueError(f"the two products have different shapes: {shapes(parts)}")
     return delta
 
 
@@ -37,30 +37,30 @@ def lokr(parts: Tensors, scaling: float) -> LoKr:
     w1, w2 = _one_or_product(parts, "lokr_w1"), _one_or_product(parts, "lokr_w2")
     t2 = parts.get("lokr_t2")
     if t2 is not None and (len(w2) != 2 or len(t2.shape) < 3 or t2.shape[:2] != (w2[0].shape[0], w2[1].shape[0])):
-        raise ValueError(f"the factors do not fit: {_shapes(parts)}")
+        raise ValueError(f"the factors do not fit: {shapes(parts)}")
     products = [pair for pair in (w1, w2) if len(pair) == 2 and not (pair is w2 and t2 is not None)]
     if any(a.shape[1] != b.shape[0] for a, b in products) or len(w1[0].shape) != 2:
-        raise ValueError(f"the factors do not fit: {_shapes(parts)}")
+        raise ValueError(f"the factors do not fit: {shapes(parts)}")
     return LoKr(w1, w2, scaling, t2)
 
 
 def vera(parts: Tensors, shared_a: TensorRef | None, shared_b: TensorRef | None) -> Vera:
     """vera_lambda_b and vera_lambda_d of a module, and the vera_A and vera_B that all modules share."""
-    lambda_b, lambda_d = _take(parts, "vera_lambda_b", "vera_lambda_d")
+    lambda_b, lambda_d = take(parts, "vera_lambda_b", "vera_lambda_d")
     if shared_a is None or shared_b is None:
         raise ValueError("vera_A and vera_B are not in the file: it was saved with save_projection=False")
     _require_matrices(shared_a, shared_b)
     if len(lambda_b.shape) != 1 or len(lambda_d.shape) != 1:
-        raise ValueError(f"the lambdas must be vectors: {_shapes(parts)}")
+        raise ValueError(f"the lambdas must be vectors: {shapes(parts)}")
     rank = lambda_d.shape[0]
     if (shared_a.shape[0], shared_b.shape[1]) != (rank, rank) or shared_b.shape[0] < lambda_b.shape[0]:
-        raise ValueError(f"the shared matrices do not fit: {_shapes(parts)}")
+        raise ValueError(f"the shared matrices do not fit: {shapes(parts)}")
     return Vera(lambda_b, lambda_d, shared_a, shared_b)
 
 
 def oft(parts: Tensors, *, size: int, terms: int, shared: bool) -> Oft:
     """oft_R, (blocks, size (size - 1) / 2)."""
-    (blocks,) = _take(parts, "oft_R")
+    (blocks,) = take(parts, "oft_R")
     if len(blocks.shape) != 2 or blocks.shape[1] != size * (size - 1) // 2 or (shared and blocks.shape[0] != 1):
         raise ValueError(f"{list(blocks.shape)} are no triangles of blocks of size {size}")
     return Oft(blocks, size, terms, shared)
@@ -68,9 +68,9 @@ def oft(parts: Tensors, *, size: int, terms: int, shared: bool) -> Oft:
 
 def boft(parts: Tensors) -> Boft:
     """boft_R (factors, blocks, size, size) and boft_s (out, 1)."""
-    blocks_of, scale = _take(parts, "boft_R", "boft_s")
+    blocks_of, scale = take(parts, "boft_R", "boft_s")
     if len(blocks_of.shape) != 4 or blocks_of.shape[2] != blocks_of.shape[3]:
-        raise ValueError(f"boft_R must be (factors, blocks, size, size): {_shapes(parts)}")
+        raise ValueError(f"boft_R must be (factors, blocks, size, size): {shapes(parts)}")
     factors, blocks, size = blocks_of.shape[:3]
     if factors > 1 and (size % 2 or blocks % (1 << (factors - 1))):
         raise ValueError(f"{blocks} blocks of size {size} have no {factors} butterfly factors")
@@ -79,9 +79,9 @@ def boft(parts: Tensors) -> Boft:
 
 def ia3(parts: Tensors, *, of_inputs: bool) -> Ia3:
     """ia3_l, with one entry for each output or each input."""
-    (factors,) = _take(parts, "ia3_l")
+    (factors,) = take(parts, "ia3_l")
     if sum(n > 1 for n in factors.shape) > 1:
-        raise ValueError(f"ia3_l must be a vector: {_shapes(parts)}")
+        raise ValueError(f"ia3_l must be a vector: {shapes(parts)}")
     return Ia3(factors, of_inputs)
 
 
@@ -91,14 +91,15 @@ def _one_or_product(parts: Tensors, name: str) -> tuple[TensorRef, ...]:
         if f"{name}_a" in parts or f"{name}_b" in parts:
             raise ValueError(f"{name} is there whole and as a product")
         if len(whole.shape) < 2:
-            raise ValueError(f"the factors do not fit: {_shapes(parts)}")
+            raise ValueError(f"the factors do not fit: {shapes(parts)}")
         return (whole,)
-    product = tuple(_take(parts, f"{name}_a", f"{name}_b"))
+    product = tuple(take(parts, f"{name}_a", f"{name}_b"))
     _require_matrices(*product)
     return product
 
 
-def _take(parts: Tensors, *names: str) -> list[TensorRef]:
+def take(parts: Tensors, *names: str) -> list[TensorRef]:
+    """Return some parts; ValueError says which are missing, or no floating-point numbers of 16 bits or more."""
     missing = [name for name in names if name not in parts]
     if missing:
         raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
@@ -114,5 +115,6 @@ def _require_matrices(*refs: TensorRef) -> None:
         raise ValueError(f"matrices are wanted: {', '.join(str(list(ref.shape)) for ref in refs)}")
 
 
-def _shapes(parts: Tensors) -> str:
+def shapes(parts: Tensors) -> str:
+    """Name parts and their shapes, for messages."""
     return ", ".join(f"{name} {list(ref.shape)}" for name, ref in parts.items())
