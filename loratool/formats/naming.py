@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from loratool import dtypes
+from loratool import dtypes, expressions
 from loratool.adapter import Finding, Target
-from loratool.architecture import Architecture, Known, plainest
+from loratool.architecture import Architecture, plainest
 from loratool.deltas import Delta, LowRank
-from loratool.errors import AmbiguityError
-from loratool.patterns import outline
+from loratool.errors import AmbiguityError, MismatchError
+from loratool.patterns import outline, selects
+from loratool.readings import Known
 from loratool.tensors import TensorRef
 
 
@@ -31,10 +32,24 @@ class Parts:
         """Return the format's name of the half that is absent, or nothing."""
         return down if self.down is None else up if self.up is None else ""
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(out, in) of the weight under plain factors, if these are."""
+        down, up = self.down, self.up
+        if self.embedding or down is None or up is None or len(down.shape) < 2 or len(up.shape) < 2:
+            return None
+        return up.shape[0], down.shape[1]
+
 
 def error(where: str, what: str, hint: str = "") -> Finding:
     """Return a finding that stops every command but inspect."""
     return Finding("error", where, what, hint)
+
+
+def half_a_pair(module: str, missing: str) -> Finding:
+    """Return a finding for factors of which one is absent."""
+    hint = "save or copy the adapter again: this file is not complete (loratool inspect --check lists what it lacks)"
+    return error(module, f"half a pair: {missing} is missing", hint)
 
 
 def shape_problem(down: TensorRef, up: TensorRef) -> str:
@@ -51,15 +66,6 @@ def shape_problem(down: TensorRef, up: TensorRef) -> str:
     if any(n != 1 for n in up.shape[2:]):
         return f"the up factor of a convolution must be 1x1: {shapes}"
     return ""
-
-
-# Metadata that describes the file it is in: its container, its config, digests of its bytes.
-_OF_THE_FILE = ("format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-
-
-def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that stays true when an adapter is written to another file."""
-    return {name: value for name, value in metadata.items() if name not in _OF_THE_FILE}
 
 
 Scaling = Callable[[str, int], float]
@@ -82,7 +88,7 @@ def build(
     for module, parts in modules.items():
         missing = parts.missing(*names)
         if missing:
-            findings.append(error(module, f"half a pair: {missing} is missing"))
+            findings.append(half_a_pair(module, missing))
             continue
         assert parts.down is not None
         assert parts.up is not None
@@ -106,6 +112,41 @@ class Readings(NamedTuple):
     families: tuple[str, ...] = ()
     known: Mapping[str, Known] = {}
     rivals: tuple[str, ...] = ()
+
+
+def of_these_sizes(
+    architectures: Sequence[Architecture],
+    sizes: Mapping[str, tuple[int, int]],
+    readings: Callable[[Architecture, str], list[Known]],
+) -> list[Architecture]:
+    """Return the families whose conditions on shapes hold of the weights that a file's modules update; else all.
+
+    `sizes` are (out, in) of the weights, by module.
+    """
+    one: dict[str, str] = (
+        {outline(m): m for m in reversed(list(sizes))} if any(a.match.shapes for a in architectures) else {}
+    )
+    some = {m: sizes[m] for m in one.values()}
+    return [a for a in architectures if _shapes_hold(a, some, readings)] or list(architectures)
+
+
+def _shapes_hold(
+    architecture: Architecture,
+    sizes: Mapping[str, tuple[int, int]],
+    readings: Callable[[Architecture, str], list[Known]],
+) -> bool:
+    seen: dict[str, bool] = {}
+    for module, (out, inp) in sizes.items() if architecture.match.shapes else ():
+        known = readings(architecture, module)
+        for pattern, condition in architecture.match.shapes if known else ():
+            if pattern not in seen and any(selects(pattern, part, known[0].component) for part in known[0].parts):
+                try:
+                    seen[pattern] = expressions.holds(condition, {"out": out, "inp": inp})
+                except MismatchError:
+                    seen[pattern] = False
+        if len(seen) == len(architecture.match.shapes):
+            break
+    return all(seen.values())
 
 
 def resolve(

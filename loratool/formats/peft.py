@@ -11,19 +11,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from loratool.adapter import Adapter, Origin, Target
-from loratool.architecture import Architecture, Known
+from loratool.architecture import Architecture
+from loratool.deltas import LowRank
 from loratool.errors import UsageError
 from loratool.formats import peft_deltas, peft_stacks, peft_whole
-from loratool.formats.naming import error, lasting, resolve
+from loratool.formats.metadata import carried
+from loratool.formats.naming import error, of_these_sizes, resolve
 from loratool.formats.peft_config import EMBEDDED, WAY_OUT, Module, Scaling, class_of, make_config, read_config
 from loratool.formats.peft_live import all_conv1d, embeddings, live, naming_notes, told_as
 from loratool.formats.peft_names import BASE_COPY, WRAPPER, bare, parse
+from loratool.formats.styles import classify
 from loratool.hookspecs import Written
 from loratool.layers import Layer
 from loratool.plan import JsonFile, TensorFile
+from loratool.readings import Known
 from loratool.tensors import TensorRef, TensorSource
 
 _DIFFUSERS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.")
@@ -42,7 +47,9 @@ class Peft:
     def detect(self, source: TensorSource) -> bool:
         """Whether there is an adapter config, or any key in PEFT's spelling."""
         config = source.config or {}
-        return "peft_type" in config or any(_LORA.fullmatch(name) for name in source.tensors)
+        if "peft_type" in config:
+            return True
+        return not classify(source.tensors) and any(_LORA.fullmatch(name) for name in source.tensors)
 
     def read(self, source: TensorSource, architectures: tuple[Architecture, ...]) -> Adapter:
         """Read the adapter. Without a config, alpha must be in the file's header or is an error finding."""
@@ -63,6 +70,8 @@ class Peft:
         raw = {**peft_deltas.paths(modules), **stacks}
         trained = class_of(config)  # tells two text encoders apart
         architectures = tuple(a if a.at_hand else a.holding(trained) for a in architectures)
+        sizes = {raw[m]: parts.size for m, parts in modules.items() if parts.size}
+        architectures = tuple(of_these_sizes(architectures, sizes, _readings))
         families, found, rivals = resolve(raw.values(), architectures, _readings, source.path)
         if not families and raw and not source.config and all(m.startswith(_DIFFUSERS) for m in modules):
             findings.append(error("names", "this is a diffusers LoRA file; that format is not supported yet", WAY_OUT))
@@ -110,7 +119,10 @@ class Peft:
                 where=adapter.origin.path,
                 hint=f"convert them one by one, for example --target '{min(components)}:**'",
             )
-        adapter, beside = peft_whole.apart(adapter)
+        positive = {
+            t: tuple(d.positive if isinstance(d, LowRank) else d for d in ds) for t, ds in adapter.deltas.items()
+        }
+        adapter, beside = peft_whole.apart(replace(adapter, deltas=positive))
         plain, stacks = live(adapter, architecture, options.get("model_class", ""), options.get("config") or {})
         notes = naming_notes(adapter, architecture, options)
         spelled_so = embeddings(adapter, architecture)
@@ -138,7 +150,7 @@ class Peft:
         config |= {name: value for name, value in fields.items() if value or config.get(name)}
         if architecture is not None:  # PEFT warns where this field is not as the layers are
             config.setdefault("fan_in_fan_out", all_conv1d(adapter, architecture))
-        metadata = {**lasting(adapter.metadata), "format": "pt"}
+        metadata = {**carried(adapter), "format": "pt"}
         name = options.get("file", "")
         if name:
             metadata[EMBEDDED] = json.dumps(dict(sorted(config.items())))  # the order inside patterns has a meaning

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratool.adapter import Adapter, Target
-from loratool.architecture import Architecture, Slot
+from loratool.architecture import Architecture
 from loratool.deltas import LowRank
 from loratool.errors import MismatchError
 from loratool.formats import peft_stacks
 from loratool.formats.peft_names import OUTPUT, WRAPPER, bare
+from loratool.readings import Slot
 
 Plain = list[tuple[Target, str, LowRank]]  # with the module's name in the file
 Stacked = list[tuple[str, str, list[LowRank | None]]]  # the module's name in the file, its parameter, a delta each

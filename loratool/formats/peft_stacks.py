@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from loratool.adapter import Finding, Stack, Target
-from loratool.architecture import Known
 from loratool.deltas import Delta, LowRank
 from loratool.errors import MismatchError
 from loratool.factors import below_each_other, require_alike
-from loratool.formats.naming import Parts, error, shape_problem
+from loratool.formats.naming import Parts, error, half_a_pair, shape_problem
 from loratool.formats.peft_config import STACKED_SINCE, Scaling, version_of
 from loratool.layers import Experts
+from loratool.readings import Known
 from loratool.tensors import TensorRef, joined, padded, woven, zeros
 
 _NESTED = ".base_layer"
@@ -91,8 +91,11 @@ def read(
     result = Stacks({}, {}, [])
     sound: dict[str, Parts] = {}
     for module in paths:
-        problem = _problem(modules[module], known[module], scaling.told(paths[module]))
-        if problem:
+        missing = modules[module].missing("lora_A", "lora_B")
+        problem = "" if missing else _problem(modules[module], known[module], scaling.told(paths[module]))
+        if missing:
+            result.findings.append(half_a_pair(module, missing))
+        elif problem:
             result.findings.append(error(module, problem))
         else:
             sound[module] = modules[module]
@@ -110,10 +113,7 @@ def read(
 
 
 def _problem(parts: Parts, known: Known, rank: Any) -> str:
-    """Say why a stacked module cannot be used, or nothing."""
-    missing = parts.missing("lora_A", "lora_B")
-    if missing:
-        return f"half a pair: {missing} is missing"
+    """Say why a stacked module that has both factors cannot be used, or nothing."""
     assert parts.down is not None
     assert parts.up is not None
     problem = shape_problem(parts.down, parts.up)

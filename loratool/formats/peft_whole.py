@@ -49,6 +49,9 @@ def apart(adapter: Adapter) -> tuple[Adapter, Beside]:
             others.setdefault("several at once", []).append(target)
         for delta in factors:
             inner = delta.inner if isinstance(delta, Dora) else delta
+            if isinstance(delta, Dora) and delta.of_inputs:
+                others.setdefault("dora, with a magnitude for each input", []).append(target)
+                continue
             if not isinstance(inner, LowRank) or inner.mid is not None:
                 others.setdefault(delta.kind, []).append(target)
                 continue
@@ -173,6 +176,8 @@ class _Names:
         lm_head (tuners_utils.py: _check_tied_modules).
         """
         assert self.architecture is not None
+        if not self.adapter.shares_ties:
+            return []
         paths = [p for group in self.architecture.tied if path in group for p in group if p != path]
         if any(Target(component, (p,)) in self.adapter.deltas for p in paths):
             return []

@@ -6,7 +6,7 @@ resize's unit, keeping everything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,15 @@ from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture
 from loratool.deltas import Delta, Dora, LowRank
 from loratool.hookspecs import Format
+from loratool.operations.blocks import FindBlocks, apart
 from loratool.operations.ranks import Rule
 from loratool.operations.recompress import ResizeModule, dtype_of, rebuilt, recompressible, settled_factors
 from loratool.operations.resize import joined_deltas
 from loratool.operations.writing import spell
-from loratool.plan import Facts, Input, OutFile, Plan, Report, Settled, Spooled, TensorFile
+from loratool.plan import Facts, Input, OutFile, Plan, Report, Settled, Spooled, TensorFile, Unit
 from loratool.tensors import TensorRef
+
+Parts = Mapping[Target, Mapping[Target, tuple[LowRank, ...]]]  # of a fused target, those of its parts
 
 
 def plan(
@@ -31,21 +34,27 @@ def plan(
     drop_unmapped: bool = False,
 ) -> Plan:
     """Plan the conversion; what the format cannot hold is an error that lists it, unless `drop_unmapped`."""
-    factored, kept = recompressible(adapter, architecture, "convert")
-    units = tuple(
+    carried = {t: ds for t, ds in adapter.deltas.items() if _is_carried(t, ds, format, architecture)}
+    others = {t: ds for t, ds in adapter.deltas.items() if t not in carried}
+    factored, kept = recompressible(replace(adapter, deltas=others), architecture, "convert")
+    kept = {**carried, **kept}
+    rewritten = tuple(
         ResizeModule(t, ds, Rule(energy=1.0), dtype_of(ds)) for t, ds in factored.items() if not _is_written_so(ds)
     )
+    fused = tuple(_fused({**factored, **kept}, adapter, format, architecture))
+    units: tuple[Unit, ...] = (*rewritten, *fused)
     report = Report(verb="convert", findings=list(adapter.findings))
     report.totals = {"from": adapter.origin.format, "to": format.name}
-    report.totals["family"] = architecture.name if architecture else ""
+    report.totals["families"] = list(adapter.families)  # which agree on every name
     report.totals["modules"] = len(adapter.deltas)
     report.rows = [{"module": str(t)} for t in adapter.targets]
 
-    def spelled(new: Mapping[Target, tuple[Delta, ...]]) -> tuple[OutFile, ...]:
+    def spelled(new: Mapping[Target, tuple[Delta, ...]], parts: Parts) -> tuple[OutFile, ...]:
         deltas = joined_deltas({**factored, **new}, kept)
-        files = spell(
-            replace(adapter, deltas=deltas), architecture, format, options, report, drop_unmapped=drop_unmapped
-        )
+        cut = {t: ds for t, ds in deltas.items() if t not in parts} | {
+            t: ds for of in parts.values() for t, ds in of.items()
+        }
+        files = spell(replace(adapter, deltas=cut), architecture, format, options, report, drop_unmapped=drop_unmapped)
         tensors = [ref for file in files if isinstance(file, TensorFile) for ref in file.tensors]
         report.totals |= {"tensors": len(tensors), "bytes": sum(ref.nbytes for ref in tensors)}
         for row, target in zip(report.rows, adapter.targets, strict=True):
@@ -57,20 +66,48 @@ def plan(
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
         if not units:
             return Settled(report)
-        new = {u.target: rebuilt(u.deltas, settled_factors(u.outs, facts[u.key]["rank"], spooled)) for u in units}
-        what = f"{len(units)} modules were no plain pair of factors, and were made one, exactly: the scaling is in it"
-        report.findings.append(Finding("info", "convert", what))
-        return Settled(report, spelled({t: (d,) for t, d in new.items()}))
+        new = {u.target: rebuilt(u.deltas, settled_factors(u.outs, facts[u.key]["rank"], spooled)) for u in rewritten}
+        if new:
+            what = f"{len(new)} modules were no plain pair of factors, and were made one, exactly: the scaling is in it"
+            report.findings.append(Finding("info", "convert", what))
+        parts = {u.target: apart(u, facts[u.key]["columns"]) for u in fused}
+        report.findings += list(_of_parts(parts))
+        return Settled(report, spelled({t: (d,) for t, d in new.items()}, parts))
 
-    files = () if units else spelled({})
+    files = () if units else spelled({}, {})
     otherwise = "dropped" if drop_unmapped else ""
     inputs = (Input(adapter.origin.path, adapter.tensors, adapter.explained, otherwise),)
     later = (*adapter.base_copies.values(), *(ref for ds in (*factored.values(), *kept.values()) for ref in _refs(ds)))
     return Plan(units, report, settle, files, format.single_file or "file" in options, inputs, later if units else ())
 
 
+def _fused(
+    deltas: Mapping[Target, Sequence[Delta]], adapter: Adapter, format: Format, architecture: Architecture | None
+) -> Iterator[FindBlocks]:
+    """Yield a look at each fused delta that the format has apart: its blocks may be of the parts alone."""
+    names = getattr(format, "names", lambda target, family: "")
+    for target, (delta, *more) in deltas.items() if format.name != adapter.origin.format else ():
+        plain = isinstance(delta, LowRank) and delta.mid is None and len(delta.up.shape) == 2
+        if plain and not more and len(target.parts) > 1 and not names(target, architecture):
+            yield FindBlocks(target, delta)  # type: ignore[arg-type]
+
+
+def _of_parts(parts: Parts) -> Iterator[Finding]:
+    """Say which parts of fused weights have no delta."""
+    zero = [p for t, of in parts.items() for p in t.parts if Target(t.component, (p,)) not in of]
+    if zero:
+        what = f"{len(zero)} parts of fused weights, such as {zero[0]}, are not updated (zeros), and are left out"
+        yield Finding("info", "convert", what)
+
+
 def _refs(deltas: Sequence[Delta]) -> list[TensorRef]:
     return [ref for d in deltas for ref in d.refs]
+
+
+def _is_carried(target: Target, deltas: Sequence[Delta], format: Format, architecture: Architecture | None) -> bool:
+    """Whether a format that knows more kinds than plain factors has this delta as it is."""
+    carries = getattr(format, "carries", None)
+    return carries is not None and len(deltas) == 1 and carries(target, deltas[0], architecture)
 
 
 def _is_written_so(deltas: Sequence[Delta]) -> bool:

@@ -72,7 +72,7 @@ def test_integer_alphas_count(write):
     assert delta.scaling == 0.5
 
 
-@pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_an_impossible_alpha_is_an_error(alpha, write):
     path = write({**pair(UNET_Q), UNET_Q + ".alpha": torch.tensor(alpha)})
     with pytest.raises(InputError, match="alpha"):
@@ -129,27 +129,27 @@ def test_factors_that_do_not_make_an_update_are_refused(down, up, write):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "shape", "where"),
     [
-        (UNET_Q + ".dora_scale", (16, 1)),
-        (UNET_Q + ".lora_mid.weight", (2, 2, 3, 3)),
-        (UNET_Q + ".hada_w1_a", (16, 2)),
-        (UNET_Q + ".lokr_w1", (4, 4)),
-        (UNET_Q + ".oft_blocks", (4, 4, 4)),
-        (UNET_Q + ".diff", (16, 16)),
-        (UNET_Q + ".diff_b", (16,)),
-        (UNET_Q + ".surprise", (1,)),
-        (UNET_CONV + ".alpha", ()),
-        ("a_tensor_without_a_part", (3,)),
-        ("lora_unet_an_unknown_module.lora_down.weight", (2, 3)),
+        (UNET_Q + ".dora_scale", (15, 1), UNET_Q),
+        (UNET_Q + ".lora_mid.weight", (2, 2, 3, 3), UNET_Q),
+        (UNET_Q + ".hada_w1_a", (16, 2), UNET_Q),
+        (UNET_Q + ".lokr_w1", (4, 4), UNET_Q),
+        (UNET_Q + ".oft_blocks", (4, 4, 4), UNET_Q),
+        (UNET_Q + ".diff", (16, 16), UNET_Q),
+        (UNET_Q + ".diff_b", (15,), UNET_Q),
+        (UNET_Q + ".surprise", (1,), UNET_Q + ".surprise"),
+        (UNET_CONV + ".alpha", (), UNET_CONV),
+        ("a_tensor_without_a_part", (3,), "a_tensor_without_a_part"),
+        ("lora_unet_an_unknown_module.lora_down.weight", (2, 3), "lora_unet_an_unknown_module"),
     ],
 )
-def test_tensors_that_are_not_understood_are_refused_by_name(name, shape, write):
+def test_tensors_that_are_not_understood_are_refused_by_name(name, shape, where, write):
     path = write({**pair(UNET_Q), name: torch.ones(shape)})
-    where = name.removesuffix(".alpha").removesuffix(".lora_down.weight")
     with pytest.raises(InputError, match=where.replace(".", r"\.")):
         loratool.convert(path, path.with_name("out"), to="peft")
     assert any(where in f.where for f in loratool.inspect(path).findings if f.level == "error")
+    assert not path.with_name("out").exists()
 
 
 def test_unknown_modules_are_listed_and_known_ones_still_shown(write):
@@ -191,13 +191,13 @@ def test_the_factors_keep_their_dtype_and_bytes(dtype, write, tmp_path):
             assert torch.equal(again[name], tensor)
 
 
-# a PEFT folder does not say which Stable Diffusion its text encoder is of, and kohya's names depend on it
-FAMILIES = {"clip": "stable-diffusion"}
+# a PEFT folder does not say which Stable Diffusion it is of, and kohya's names depend on it
+FAMILIES = {"clip": "stable-diffusion", "unet": "stable-diffusion"}
 
 
 def test_a_text_encoder_of_unknown_family_is_not_guessed(tiny, adapter_folder, tmp_path):
     _, folder = adapter_folder(tiny("clip"), target_modules=["q_proj"], r=2)
-    with pytest.raises(AmbiguityError, match=r"stable-diffusion.*stable-diffusion-xl"):
+    with pytest.raises(AmbiguityError, match="flux and stable-diffusion"):
         loratool.convert(folder, tmp_path / "k.safetensors", to="kohya")
     assert loratool.inspect(folder).totals["modules"] == 2  # what does not depend on it works
 
@@ -272,11 +272,12 @@ def test_resizing_a_kohya_file_keeps_the_update(write, tmp_path):
     torch.testing.assert_close(update(small), update(tensors), rtol=0, atol=1e-5)
 
 
-def test_detection_prefers_neither_format_by_guess(tmp_path):
+def test_what_does_not_belong_into_a_file_is_an_error(tmp_path):
     mixed = pair(UNET_Q) | {f"base_model.model.x.lora_{f}.weight": torch.ones(2, 2) for f in "AB"}
     save_file(mixed, tmp_path / "mixed.safetensors")
-    with pytest.raises(FormatError, match=r"kohya, peft"):
-        loratool.inspect(tmp_path / "mixed.safetensors")
+    report = loratool.inspect(tmp_path / "mixed.safetensors")
+    assert report.totals["format"] == "kohya"
+    assert [f.where for f in report.findings if f.level == "error"] == ["base_model.model.x"]
 
 
 BLOCKS = st.sampled_from(["down_blocks_{}_attentions_{}", "up_blocks_{}_attentions_{}", "mid_block_attentions_{}"])
@@ -322,7 +323,7 @@ def test_any_kohya_file_comes_back_from_peft_bit_for_bit(tmp_path_factory, modul
 
 def test_alphas_are_written_as_0d_float32(tiny, adapter_folder, tmp_path):
     _, folder = adapter_folder(tiny("unet"), target_modules=["to_q"], r=3, lora_alpha=5)
-    loratool.convert(folder, tmp_path / "k.safetensors", to="kohya")
+    loratool.convert(folder, tmp_path / "k.safetensors", to="kohya", arch="stable-diffusion")
     raw = (tmp_path / "k.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
