@@ -12,7 +12,6 @@ they keep one rank more than they say, 2 at least, and look at up @ down without
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import sqrt
 
 import torch
 
@@ -44,6 +43,11 @@ def error(sigma: torch.Tensor, limit: float, beyond: float | None = None) -> int
     """Return the smallest rank whose error |M - M_k| / |M| (Frobenius) is at most `limit`."""
     lost = _lost(sigma, beyond)
     return fixed(sigma, int((lost > limit**2 * lost[0]).sum()), beyond)
+
+
+def within(sigma: torch.Tensor, distance: float, beyond: float | None = None) -> int:
+    """Return the smallest rank whose error |M - M_k| (Frobenius) is at most `distance`."""
+    return fixed(sigma, int((_lost(sigma, beyond) > distance**2).sum()), beyond)
 
 
 def cumulative(sigma: torch.Tensor, share: float, beyond: float | None = None) -> int:
@@ -95,38 +99,6 @@ def auto(sigma: torch.Tensor, eps: float) -> int:
     """Return the rank that an adapter seems to use: what its dtype resolves, up to the knee of that."""
     held = sigma[: resolved(sigma, eps)]
     return knee(held)
-
-
-# ---- the noise of a checkpoint's own rounding
-
-
-def rounding_variance(W: torch.Tensor, dtype: torch.dtype) -> float:
-    """Return the mean square error that rounding W to `dtype` makes: ulp(w)^2 / 12, averaged over the elements."""
-    info = torch.finfo(dtype)
-    wide = W.double() if dtype == torch.float64 else W.float()
-    exponent = torch.frexp(wide.abs().clamp_min(info.tiny))[1]  # 2^(exponent - 1) <= |w|
-    return info.eps**2 * float(torch.exp2(2.0 * (exponent.double() - 1)).mean()) / 12
-
-
-def noise_edge(m: int, n: int, variance: float) -> float:
-    """Return the largest singular value of pure noise (m, n) of so much variance (Marchenko and Pastur 1967)."""
-    return sqrt(variance) * (sqrt(m) + sqrt(n))
-
-
-def noise(sigma: torch.Tensor, shape: tuple[int, int], variance: float, beyond: float | None = None) -> int:
-    """Keep the singular values of a matrix of `shape` that stand out of noise of at most `variance`.
-
-    For the delta of two checkpoints that is the sum of both `rounding_variance`s. One that was trained from the rounded
-    base has only one of them, which shows: noise cannot have more energy than is left beside the signal. (A fifth more
-    is allowed for: rounding is not quite independent of what is rounded, and its edge not sharp.)
-    """
-    m, n = shape
-    lost = _lost(sigma, beyond)
-    count = -1
-    while (more := int((sigma > noise_edge(m, n, variance)).sum())) > count:
-        count = more
-        variance = min(variance, 1.2 * float(lost[count]) / max((m - count) * (n - count), 1))
-    return fixed(sigma, count + (count == len(sigma)), beyond)
 
 
 # ---- kohya's names

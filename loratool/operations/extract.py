@@ -18,18 +18,30 @@ from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Origin, Target
 from loratool.architecture import Architecture
 from loratool.deltas import Delta, LowRank
-from loratool.errors import InputError, MismatchError
+from loratool.errors import InputError
 from loratool.hookspecs import Format
-from loratool.operations import extracted, sizes
-from loratool.operations.matching import Place, bare_name, places, stitched, tied_partner
-from loratool.operations.ranks import Rule
+from loratool.operations import extracted, relative, sizes
+from loratool.operations.matching import tied_partner
+from loratool.operations.pairing import (
+    Paired,
+    Pairs,
+    alike,
+    apart,
+    choose,
+    comparable,
+    hit,
+    of_words,
+    pair,
+    shares_ties,
+)
+from loratool.operations.ranks import AUTO, Rule
 from loratool.operations.recompress import emit_factors, factor_outs, settled_factors
-from loratool.operations.remainder import TILE, CompareRest, Pair, Savable, judge, rest_units, same_bytes
+from loratool.operations.remainder import TILE, CompareRest, Savable, judge, rest_units, same_bytes
 from loratool.operations.resize import cost_of, joined_deltas
 from loratool.operations.sizes import Sized
 from loratool.operations.writing import spell
-from loratool.patterns import selects
 from loratool.plan import Emit, Facts, Input, Load, Out, OutFile, Plan, Report, Settled, Spooled, Unit
+from loratool.storage.location import name_in_configs
 from loratool.tensors import TensorRef, TensorSource, zeros
 
 if TYPE_CHECKING:
@@ -41,7 +53,7 @@ __all__ = ["CompareRest", "ExtractModule", "plan", "same_bytes"]
 
 PANEL = 64 << 20
 MAX_RANK = 512  # of rules that adapt, where nobody says another: factors that large are hardly smaller than the weight
-_SAMPLE = 1 << 22  # elements of a weight that its rounding is judged by
+_SAMPLE = 1 << 20  # elements of a weight that its rounding is judged by
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,7 @@ class ExtractModule:
     dtype: str
     streamed: bool
     quality: str = "balanced"
+    against: tuple[TensorRef, ...] = ()
 
     @property
     def key(self) -> str:
@@ -65,8 +78,8 @@ class ExtractModule:
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:
-        """Both weights."""
-        return self.tuned, self.base
+        """Both weights, and those that the update is measured against."""
+        return self.tuned, self.base, *self.against
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,7 +108,7 @@ class ExtractModule:
         """Subtract, choose the rank, factorise, measure, write."""
         import torch
 
-        from loratool.algebra import rank, svd
+        from loratool.algebra import noise, svd
 
         narrow = getattr(torch, dtypes.torch_name(self.dtype))
         if same_bytes(self.tuned, self.base, load):
@@ -107,11 +120,18 @@ class ExtractModule:
         if not isfinite(total):
             raise InputError("the weights hold NaN or infinity", where=self.tuned.name)
         seed = int.from_bytes(sha256(self.key.encode()).digest()[:7], "big")
-        variance = sum(_rounding(ref, load) for ref in self.reads)
-        size = min(D.shape)
+        rows, columns = self._rounding(load)
+        variance, size = float(rows.mean()) / len(columns), min(D.shape)
+        base_norm = relative.norm(self.against, load, self.key)
 
         def choose(sigma: torch.Tensor, beyond: float | None) -> int:
-            return self.rule.choose(sigma, beyond, auto=lambda s, b: rank.noise(s, D.shape, variance, b), size=size)
+            return self.rule.choose(
+                sigma,
+                beyond,
+                auto=lambda s, b: noise.outstanding(s, rows, columns, b),
+                size=size,
+                base_norm=base_norm,
+            )
 
         wanted = choose if self.rule.is_open else self.rank
         found = svd.truncate(D, wanted, seed, quality=self._quality, cap=self.rank, total=total)
@@ -122,7 +142,7 @@ class ExtractModule:
         if torch.finfo(narrow).bits < 32:  # rounding the factors costs something
             residual = svd.squared_error(D, up.to(narrow), down.to(narrow), total)
         facts = {"total": total, "residual": residual, "rank": keep, "sigma": found.sigma.tolist()}
-        return facts | {"excess": found.excess, "noise": variance * prod(D.shape)}
+        return facts | {"base_norm": base_norm, "excess": found.excess, "noise": variance * prod(D.shape)}
 
     def _difference(self, load: Load) -> svd.Panels:
         """Return D (out, in x kernel): held in memory, or read anew in panels for every product."""
@@ -150,21 +170,24 @@ class ExtractModule:
         whole = panel(0, stored[0])
         return svd.Panels(lambda: [(0, stored[0], whole)], stored, transposed=self.transposed)
 
+    def _rounding(self, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the variances of both weights' own rounding, summed over each row and over each column.
 
-def _rounding(ref: TensorRef, load: Load) -> float:
-    """Return the mean square error of a weight's own rounding, judged by tiles spread over it where it is large."""
-    import torch
+        Where no rank depends on it, a large weight is judged by tiles spread over it: of some rows, then.
+        """
+        import torch
 
-    from loratool.algebra import rank
+        from loratool.algebra import noise
 
-    dtype = getattr(torch, dtypes.torch_name(ref.dtype))
-    panels = ref.panels(TILE)
-    step = max(1, prod(ref.shape) // _SAMPLE)
-    some = [(b - a, rank.rounding_variance(load(ref.rows(a, b)), dtype)) for a, b in panels[::step]]
-    return sum(n * v for n, v in some) / sum(n for n, _ in some)
+        step = 1 if self.rule.rank == AUTO else max(1, prod(self.tuned.shape) // _SAMPLE)
+        kinds = [(ref, getattr(torch, dtypes.torch_name(ref.dtype))) for ref in (self.tuned, self.base)]
+        sums = []
+        for a, b in self.tuned.panels(TILE // 8)[::step]:
+            one, other = (noise.rounding_variance(load(ref.rows(a, b)).flatten(1), dtype) for ref, dtype in kinds)
+            sums.append((one.add_(other).sum(1).cpu(), one.sum(0).cpu()))
+        return torch.cat([rows for rows, _ in sums]), torch.stack([columns for _, columns in sums]).sum(0)
 
 
-Pairs = dict[Target, tuple[Place, Place]]
 Deltas = dict[Target, tuple[Delta, ...]]
 
 
@@ -181,6 +204,7 @@ def plan(
     exclude: Sequence[str] = (),
     quality: str = "balanced",
     pad_rank: int | str | None = None,
+    relative_to: TensorSource | None = None,
     allow_noop: bool = False,
     memory: int = 2 << 30,
     options: Mapping[str, Any],
@@ -188,80 +212,160 @@ def plan(
     """Plan the extraction of `tuned - base`, at ranks that `rule` chooses, into an adapter written in `format`.
 
     `rest` says what to do where something that is no LoRA delta changed: "error", "skip" or "save". `memory` (bytes)
-    decides which deltas are read in panels.
+    decides which deltas are read in panels. Errors are measured against the weights of `relative_to`.
     """
     sizes.check_pad(pad_rank, rule.budget)
-    if rest == "save":
-        extracted.require_equal_ties(tuned, base, architecture)
-    pairs, others, resized = _pair(tuned, base, architecture, allow_resized=rest != "error")
-    chosen = _choose(pairs, target, exclude, tuned.path)
-    rule.require_patterns_used(chosen, tuned.path)
+    if relative_to is not None:
+        relative.require_use(rule)
+    tuned, base, beside = comparable(tuned, base, architecture)
+    tuned, base, half_tied = apart(tuned, base, architecture)
+    paired = pair(tuned, base, architecture, allow_resized=rest != "error")
+    selected = choose(paired.matrices, target, exclude, tuned.path)
+    rule.require_patterns_used(selected, tuned.path)
     report = Report(verb="extract", totals={"family": architecture.name})
-    layers = {place.tensor: t for t, (place, _) in pairs.items()}
-    savable = {new.name: new for new, _ in others} if rest == "save" else {}
-    for t in _tied(chosen, pairs, tuned, architecture):
-        savable |= {chosen[t][0].tensor: chosen[t][0].stored} if rest == "save" else {}
-        del chosen[t]  # an adapter would change one of the two uses only; what changed is judged with the rest
-        report.findings.append(Finding("info", str(t), "not extracted: its weight is tied to another layer's"))
-    report.findings += _vocabularies(resized, rest)
+    chosen, report.findings = _low_rank(selected, paired, tuned, architecture, half_tied if rest == "save" else ())
+    report.findings += beside + _vocabularies(paired, tuned, rest) + _half_tied(half_tied, base, rest)
     modules = _extract_units(chosen, rule, dtype, memory, quality)
-    others += [_alike(new, old) for t, (new, old) in pairs.items() if t not in chosen]
+    yardsticks = relative.weights_of(relative_to, architecture, {u.target: u.shape for u in modules})
+    modules = [replace(u, against=yardsticks[u.target]) for u in modules]
+    others = [*paired.others, *(alike(new, old) for t, (new, old) in paired.matrices.items() if t not in chosen)]
     remaining = rest_units(others, rest)
     report.totals["modules"] = len(modules)
-    report.rows = [_row(u, pairs[u.target][0].role) for u in modules]
+    report.rows = [_row(u, paired.matrices[u.target][0].role) for u in modules]
     report.findings += extracted.full_rank(rule, modules)
     units: tuple[Unit, ...] = (*remaining, *modules)
     lost = _unpaired(base, units)
     report.findings += [_lost(base.tensors[name]) for name in lost]
-
-    def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
-        saved, left_out = judge(remaining, facts, report, Savable(savable, tuned, architecture, layers))
-        changed = [u for u in modules if not facts[u.key].get("same")]
-        if not changed:
-            report.findings += _nothing_changed(tuned.path, allowed=allow_noop or bool(saved))
-        found = [facts[u.key] for u in changed]
+    ending = _Ending(
+        modules,
+        remaining,
+        _savable(paired, chosen, tuned, architecture, half_tied=half_tied, patterns=target if rest == "save" else None),
+        paired.matrices,
+        rule,
+        pad_rank,
+        allow_noop,
         # not the config's _name_or_path: that is where the base itself once came from
-        adapter = Adapter({}, Origin("", tuned.path), base_model=base.path)
+        Adapter(
+            {},
+            Origin("", tuned.path),
+            base_model=name_in_configs(base.path),
+            shares_ties=shares_ties(tuned, architecture),
+        ),
+        (architecture, format, options),
+        report,
+    )
+    inputs = Input(tuned.path, tuned.tensors), Input(base.path, base.tensors, dict.fromkeys(lost, "only in the base"))
+    return Plan(units, report, ending.settle, (), format.single_file or "file" in options, inputs)
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How an extraction ends: the rest judged, the ranks settled, everything written and told. `out` is where to."""
+
+    modules: Sequence[ExtractModule]
+    remaining: Sequence[CompareRest]
+    savable: Savable
+    pairs: Pairs
+    rule: Rule
+    pad_rank: int | str | None
+    allow_noop: bool
+    adapter: Adapter
+    out: tuple[Architecture, Format, Mapping[str, Any]]
+    report: Report
+
+    def settle(self, facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
+        """Write what the units found."""
+        report, (architecture, format, _) = self.report, self.out
+        saved, left_out = judge(self.remaining, facts, report, self.savable)
+        changed = [u for u in self.modules if not facts[u.key].get("same")]
+        if not changed:
+            report.findings += _nothing_changed(self.adapter.origin.path, allowed=self.allow_noop or bool(saved))
+        found = [facts[u.key] for u in changed]
+        ranks = [int(f["rank"]) for f in found]
 
         def spelled(ranks: Sequence[int], into: Report) -> tuple[OutFile, ...]:
-            pairs_at = zip(changed, ranks, strict=True)
-            new: dict[Target, Delta] = {u.target: settled_factors(u.outs, r, spooled) for u, r in pairs_at}
-            new, into.totals["padded_to"] = sizes.settled(new, pad_rank)
-            deltas: Deltas = (
-                {t: (d,) for t, d in new.items()} if changed else {u.target: (_nothing(u),) for u in modules}
-            )
-            deltas |= _unchanged_experts(pairs, modules, deltas, architecture)
-            return spell(replace(adapter, deltas=joined_deltas(deltas, saved)), architecture, format, options, into)
+            new = {u.target: settled_factors(u.outs, r, spooled) for u, r in zip(changed, ranks, strict=True)}
+            return self._spelled(new, saved, into)
 
-        ranks = [int(f["rank"]) for f in found]
-        if rule.budget is not None and changed:
+        if self.rule.budget is not None and changed:
             sized = [_sized(u, f, architecture, format) for u, f in zip(changed, found, strict=True)]
-            ranks = sizes.fitted(sized, rule.budget, lambda r: spelled(r, Report("extract")))
+            ranks = sizes.fitted(sized, self.rule.budget, lambda r: spelled(r, Report("extract")))
         described = dict(zip((u.key for u in changed), zip(found, ranks, strict=True), strict=True))
-        extracted.describe(report, modules, described, left_out)
-        report.findings += extracted.too_little(found, ranks, rule, modules, MAX_RANK)
+        extracted.describe(report, self.modules, described, left_out)
+        report.findings += extracted.too_little(found, ranks, self.rule, self.modules, MAX_RANK)
         files = spelled(ranks, report)
         report.totals["file_bytes"] = sizes.size_of(files)
         return Settled(report, files)
 
-    inputs = Input(tuned.path, tuned.tensors), Input(base.path, base.tensors, dict.fromkeys(lost, "only in the base"))
-    return Plan(units, report, settle, (), format.single_file or "file" in options, inputs)
+    def _spelled(self, new: Mapping[Target, Delta], saved: Deltas, into: Report) -> tuple[OutFile, ...]:
+        """Return the files with these factors, or with zeros where nothing changed."""
+        architecture, format, options = self.out
+        padded, into.totals["padded_to"] = sizes.settled(new, self.pad_rank)
+        deltas: Deltas = {t: (d,) for t, d in padded.items()} or {u.target: (_nothing(u),) for u in self.modules}
+        deltas |= _unchanged_experts(self.pairs, self.modules, deltas, architecture)
+        adapter = replace(self.adapter, deltas=joined_deltas(deltas, saved))
+        return spell(adapter, architecture, format, options, into)
 
 
-def _tied(chosen: Pairs, pairs: Pairs, tuned: TensorSource, architecture: Architecture) -> list[Target]:
-    """Return the chosen matrices that share their values with another layer."""
-    known = {t: new for t, (new, _) in pairs.items()}
-    return [t for t in chosen if tied_partner(t.parts[0], t.component, tuned, architecture, known)]
+def _low_rank(
+    chosen: Pairs, paired: Paired, tuned: TensorSource, architecture: Architecture, half_tied: Sequence[Target]
+) -> tuple[Pairs, list[Finding]]:
+    """Return the chosen matrices that an adapter can update by factors, and what to say of the others.
+
+    One that shares its values with another layer it cannot: an adapter would change one of the two uses only.
+    """
+    known = {t: new for t, (new, _) in paired.matrices.items()}
+    tied = [t for t in chosen if tied_partner(t.parts[0], t.component, tuned, architecture, known)]
+    findings = [Finding("info", str(t), "not extracted: its weight is tied to another layer's") for t in tied]
+    return {t: pair for t, pair in chosen.items() if t not in tied and t not in half_tied}, findings
+
+
+def _savable(
+    paired: Paired,
+    chosen: Pairs,
+    tuned: TensorSource,
+    architecture: Architecture,
+    *,
+    half_tied: Sequence[Target],
+    patterns: Sequence[str] | None,
+) -> Savable:
+    """Return what may be kept whole: what is no matrix, and of the modules that the user means heads and embeddings.
+
+    Without `patterns` that is nothing.
+    """
+    matrices = paired.matrices
+    layers = {place.tensor: t for t, (place, _) in matrices.items()}
+    together = frozenset(matrices[t][0].tensor for t in half_tied if t in matrices)
+    if patterns is None:
+        return Savable({}, tuned, architecture, layers, together)
+    spared = [t for t, (new, _) in matrices.items() if of_words(new) and t not in chosen]
+    tensors = {new.name: new for new, _ in paired.others}
+    tensors |= {matrices[t][0].tensor: matrices[t][0].stored for t in spared if not patterns or hit(patterns, t)}
+    return Savable(tensors, tuned, architecture, layers, together)
+
+
+def _half_tied(targets: Sequence[Target], base: TensorSource, rest: str) -> list[Finding]:
+    """Say how a head is kept that is tied in one model and not in the other."""
+    if not targets:
+        return []
+    names = " and ".join(map(str, targets))
+    if rest == "save":
+        what = "tied in one model and not in the other: if one changed, both are written, apart and whole"
+        return [Finding("info", names, f"{what} (PEFT warns about ties when it loads this for a tied base)")]
+    what = "tied in one model and not in the other: each has a delta of its own"
+    hint = "loratool merge keeps them apart; PEFT's merge_and_unload of a tied base does not"
+    return [Finding("warning", names, what, hint)]
 
 
 def _row(unit: ExtractModule, role: str) -> dict[str, Any]:
     return {"module": unit.key, "role": role, "shape": list(unit.tuned.shape), "rank_at_most": unit.rank}
 
 
-def _vocabularies(resized: Mapping[str, tuple[int, int]], rest: str) -> list[Finding]:
+def _vocabularies(paired: Paired, tuned: TensorSource, rest: str) -> list[Finding]:
     findings = []
-    for name, (now, before) in resized.items():
-        what = f"has another vocabulary than the base's ({before} rows, now {now}): it is kept whole or left out"
+    for name, (now, before) in paired.resized.items():
+        fate = f"kept whole ({tuned.tensors[name].nbytes:,} bytes)" if rest == "save" else "left out"
+        what = f"has another vocabulary than the base's ({before} rows, now {now}): it is {fate}"
         hint = f"resize_token_embeddings({now}) before PEFT loads this adapter" if rest == "save" else ""
         findings.append(Finding("warning", name, what, hint))
     return findings
@@ -290,7 +394,7 @@ def _sized(unit: ExtractModule, fact: Facts, architecture: Architecture, format:
     sigma = tuple(fact["sigma"][: fact["rank"]])
     beyond = max(fact["total"] - sum(s * s for s in sigma), 0.0)
     group = sizes.group_of(unit.target, None, architecture, format.name)
-    return Sized(unit.target, sigma, cost_of(unit.shape, unit.dtype), beyond, group)
+    return Sized(unit.target, sigma, cost_of(unit.shape, unit.dtype), beyond, group, relative.weight_of(fact))
 
 
 def _nothing(unit: ExtractModule) -> LowRank:
@@ -320,7 +424,7 @@ def _extract_units(chosen: Pairs, rule: Rule, dtype: str, memory: int, quality: 
     """Return a unit for each pair; those whose delta does not fit into `memory` read it in panels."""
     units = []
     for t, (new, old) in chosen.items():
-        one, two = _alike(new, old)
+        one, two = alike(new, old)
         stored = one.dtype if dtype == "keep" else dtypes.from_torch_name(dtype)
         held = ExtractModule(t, one, two, new.transposed, rule.of(t), 0, stored, streamed=False, quality=quality)
         units.append(held)
@@ -335,109 +439,3 @@ def _extract_units(chosen: Pairs, rule: Rule, dtype: str, memory: int, quality: 
         ranked = replace(u, rank=rank)
         bounded.append(ranked if ranked.scratch <= memory else replace(ranked, streamed=True))
     return bounded
-
-
-def _pair(
-    tuned: TensorSource, base: TensorSource, architecture: Architecture, *, allow_resized: bool
-) -> tuple[Pairs, list[Pair], dict[str, tuple[int, int]]]:
-    """Pair the matrices of both checkpoints, however each spells, fuses or stacks them, and the rest by name.
-
-    Raises where they do not belong together. Where only a vocabulary differs, and that is allowed, its matrices are
-    among the rest; their numbers of rows in both models come third.
-    """
-    new, old = places(tuned, architecture), places(base, architecture)
-    pairs: Pairs = {}
-    layers: set[str] = set()  # tensors of the tuned model that are paired as matrices
-    problems: list[str] = []
-    others: list[Pair] = []
-    resized: dict[str, tuple[int, int]] = {}
-    for target in dict.fromkeys(t for part in [*new, *old] for t in (_whole(part), part)):
-        if _whole(target) in pairs:  # as a part of a fused weight, which is the module that an adapter is for
-            continue
-        sides = [
-            side.get(target) or stitched(target.parts[0], target.component, side, architecture, config or {})
-            for side, config in ((new, tuned.config), (old, base.config))
-        ]
-        if sides[0] is None or sides[1] is None:
-            continue
-        mine, place = sides[0], sides[1]
-        layers.update(mine.tensor.split("+"))
-        if _is_resized(mine, place):
-            resized[mine.tensor] = mine.shape[0], place.shape[0]
-            others.append((mine.ref, place.ref))
-            if allow_resized:
-                continue
-        pairs[target] = mine, place
-        if _shape(mine) != _shape(place):
-            shapes = f"{list(mine.shape)} in the tuned model, {list(place.shape)} in the base"
-            problems.append(f"{target}: {shapes}")
-    found = {*pairs, *(t for t, place in new.items() if place.tensor in resized)}
-    problems += [f"{t}: only in the base" for t in old if t not in found and _whole(t) not in found]
-    matrices = {place.tensor for place in old.values()}
-    by_name = {bare_name(n, architecture): ref for n, ref in base.tensors.items() if n not in matrices}
-    for name, ref in tuned.tensors.items():
-        if name in layers:
-            continue
-        other = by_name.get(bare_name(name, architecture))
-        others.append((ref, other))
-        of_vocabulary = f"{name.rpartition('.')[0]}.weight" in resized and len(ref.shape) == 1
-        if other is not None and other.shape != ref.shape and not (of_vocabulary and allow_resized):
-            problems.append(f"{name}: {list(ref.shape)} in the tuned model, {list(other.shape)} in the base")
-    if not pairs:
-        problems.append("no layer in common")
-    if problems:
-        more = [f"... and {len(problems) - 12} more"] if len(problems) > 12 else []
-        raise MismatchError(
-            "\n  ".join([f"the two models do not belong together ({len(problems)} tensors)", *problems[:12], *more]),
-            where=f"{tuned.path} against {base.path}",
-            hint="--rest save keeps the resized vocabulary whole, --rest skip leaves it out"
-            if resized and len(problems) <= len(resized)
-            else "the base must be the model that the fine-tune started from",
-        )
-    return pairs, others, resized
-
-
-def _is_resized(new: Place, old: Place) -> bool:
-    """Whether two matrices differ in the number of their entries only, and are such that a vocabulary counts."""
-    of_words = new.layer.kind == "embedding" or new.layer.group in ("embedding", "head")
-    same = new.transposed == old.transposed and new.shape[1:] == old.shape[1:]
-    return of_words and same and new.shape[0] != old.shape[0]
-
-
-def _whole(target: Target) -> Target:
-    """The fused weight that a target is a part of, or the target itself."""
-    weight = target.parts[0].rpartition("[")[0]
-    return Target(target.component, (weight,)) if weight else target
-
-
-def _shape(place: Place) -> tuple[int, ...]:
-    """The shape of a matrix as (out, in, ...), however it is stored."""
-    return place.shape[::-1] if place.transposed else place.shape
-
-
-def _alike(new: Place, old: Place) -> tuple[TensorRef, TensorRef]:
-    """Return both matrices in the orientation in which the tuned model has them."""
-    return new.ref, old.ref if new.transposed == old.transposed else old.ref.transposed()
-
-
-def _choose(pairs: Pairs, target: Sequence[str], exclude: Sequence[str], where: str) -> Pairs:
-    """Return the pairs that the user's globs select, of floating-point weights."""
-
-    def hit(patterns: Sequence[str], t: Target) -> bool:
-        return any(selects(p, part, t.component) for p in patterns for part in t.parts)
-
-    for pattern in (*target, *exclude):
-        if not any(hit([pattern], t) for t in pairs):
-            raise MismatchError(f"no module matches {pattern!r}", where=where, hint="loratool arch show lists them")
-    chosen = {
-        t: pair
-        for t, pair in sorted(pairs.items(), key=lambda x: x[0].sort_key)
-        if (not target or hit(target, t)) and not hit(exclude, t)
-    }
-    for t, pair in chosen.items():
-        for place in pair:
-            if not dtypes.is_float(place.stored.dtype):
-                raise InputError(f"a {place.stored.dtype} weight: quantised models are not supported yet", where=str(t))
-    if not chosen:
-        raise MismatchError("no module is left to extract", where=where)
-    return chosen

@@ -7,13 +7,11 @@ from math import prod, sqrt
 from typing import Protocol
 
 from loratool.adapter import Finding
-from loratool.architecture import Architecture
-from loratool.errors import MismatchError, UsageError
-from loratool.operations.matching import places, tied_partner
+from loratool.errors import UsageError
+from loratool.operations import relative
 from loratool.operations.ranks import Rule
 from loratool.operations.resize import cost_of, losses, residual_at, shown
 from loratool.plan import Facts, Report
-from loratool.tensors import TensorSource
 
 _ENOUGH = 0.9  # the share of the energy that is spoken of where a rank keeps little
 
@@ -51,6 +49,12 @@ def describe(
         row["noise_floor"] = sqrt(fact["noise"] / fact["total"])
         row["bytes"] = rank * cost_of(unit.shape, unit.dtype)
         row["sigma"] = shown(fact["sigma"])
+    rows = [row for unit, row in zip(modules, report.rows, strict=True) if unit.key in changed]
+    found = [changed[unit.key] for unit in modules if unit.key in changed]
+    of_base, weighted = relative.told([f for f, _ in found], [residual_at(*f) for f in found])
+    for row, more in zip(rows, of_base, strict=True):
+        row.update(more)
+    report.totals |= weighted
     total = sum(fact["total"] for fact, _ in changed.values())
     report.totals["changed"] = len(changed)
     if total:
@@ -111,16 +115,3 @@ def _rank_that_keeps(found: Sequence[Facts], share: float) -> int:
         if kept >= wanted:
             return rank + 1
     return 0
-
-
-def require_equal_ties(tuned: TensorSource, base: TensorSource, architecture: Architecture) -> None:
-    """Raise where two weights are one in one model and two in the other: PEFT would put a saved head into both."""
-    for path, component in ((p, c) for group in architecture.tied for p in group[:1] for c in architecture.components):
-        ties = [bool(tied_partner(path, component, m, architecture, places(m, architecture))) for m in (tuned, base)]
-        if ties[0] != ties[1]:
-            which = "base" if ties[1] else "tuned model"
-            raise MismatchError(
-                f"{path} is tied to the head in the {which} and not in the other: --rest save cannot say that",
-                where=tuned.path,
-                hint="--rest skip leaves the head out; or write both models untied (tie_word_embeddings: false)",
-            )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _SHARES = ("energy", "cumulative", "sv_fro", "sv_cumulative")  # between 0 and 1
 _RATIOS = ("ratio", "sv_ratio")  # 1 or more
 AUTO = "auto"
+OF_THE_BASE = ("error", "ratio")  # what --relative-to changes, beside what is shared out over all modules
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,13 @@ class Rule:
         auto: Callable[[torch.Tensor, float | None], int],
         size: int | None = None,
         scaling: float = 1.0,
+        base_norm: float = 0.0,
     ) -> int:
         """Return the rank for singular values `sigma`; one more than there are where more must be known to say.
 
         `beyond` is the squared energy outside sigma, None where that is all (loratool.algebra.rank). `auto` is what
-        `--rank auto` means here. kohya's rules look at up @ down without `scaling`; `size` is min(out, in).
+        `--rank auto` means here. kohya's rules look at up @ down without `scaling`; `size` is min(out, in). With a
+        `base_norm`, that of the weight which is updated, `error` and `ratio` are relative to it.
         """
         from loratool.algebra import rank
 
@@ -123,9 +126,13 @@ class Rule:
             rules.append(partial(_swapped, rank.fixed, self.rank))
         elif self.rank == AUTO:
             rules.append(auto)
+        if base_norm and self.error is not None:
+            rules.append(partial(_swapped, rank.within, self.error * base_norm))
+        if base_norm and self.ratio is not None:
+            rules.append(partial(_swapped, rank.above, base_norm / self.ratio))
         for name in ("energy", "error", "cumulative", "ratio"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and not (base_norm and name in OF_THE_BASE):
                 rules.append(partial(_swapped, getattr(rank, name), value))
         for name in ("sv_ratio", "sv_fro", "sv_cumulative"):
             value = getattr(self, name)
@@ -165,6 +172,15 @@ def ranking(settings: Mapping[str, Any]) -> tuple[Rule, int | str | None, dict[s
     pad_rank = given.pop("pad_rank", None)
     given["rank_for"] = tuple(dict(given.get("rank_for") or {}).items())
     return Rule(**given), pad_rank, others
+
+
+def optional_ranking(settings: Mapping[str, Any]) -> tuple[Rule | None, int | str | None, dict[str, Any]]:
+    """Return the same as `ranking`, but no rule where none was given."""
+    rules = [n for n in Ranking.__annotations__ if n != "pad_rank"]
+    if any(settings.get(n) not in (None, {}) for n in rules):
+        return ranking(settings)
+    others = {n: v for n, v in settings.items() if n not in Ranking.__annotations__}
+    return None, settings.get("pad_rank"), others
 
 
 def _swapped(rule: Callable[..., int], value: float, sigma: torch.Tensor, beyond: float | None) -> int:

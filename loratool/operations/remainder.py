@@ -15,8 +15,9 @@ from loratool.adapter import Finding, Target
 from loratool.architecture import Architecture
 from loratool.deltas import Delta, Replace
 from loratool.errors import InputError
+from loratool.operations.meanings import Meanings
 from loratool.plan import Emit, Facts, Load, Out, Report
-from loratool.tensors import TensorRef, TensorSource, module_of
+from loratool.tensors import TensorRef, TensorSource
 
 TILE = 1 << 20
 Pair = tuple[TensorRef, TensorRef | None]  # of the tuned model, and of the base where it has one
@@ -116,13 +117,14 @@ class Savable(NamedTuple):
     """What may be kept whole: `tensors` of the tuned model by name, and what it takes to name them.
 
     `layers` are the matrices that a delta can be extracted of, by the name of their tensor: of such a module only the
-    bias is saved, of any other all tensors.
+    bias is saved, of any other all tensors. Of `together` all are saved or none.
     """
 
     tensors: Mapping[str, TensorRef]
     tuned: TensorSource
     architecture: Architecture
     layers: Mapping[str, Target]
+    together: frozenset[str] = frozenset()
 
 
 def judge(units: Sequence[CompareRest], facts: Mapping[str, Facts], report: Report, savable: Savable) -> Rest:
@@ -132,23 +134,27 @@ def judge(units: Sequence[CompareRest], facts: Mapping[str, Facts], report: Repo
     for unit in units:
         changed |= facts[unit.key]["changed"]
     kept = [name for name in changed if name in savable.tensors]
+    if savable.together & {*kept}:
+        kept += sorted(savable.together & savable.tensors.keys() - {*kept})
     left = [name for name in changed if name not in savable.tensors]
-    names = _canonical_names(tuned, architecture, layers)
+    meanings = Meanings(tuned, architecture)
+    lacking = _lacking(meanings, layers)
     saved: dict[Target, tuple[Delta, ...]] = {}
     for name in kept:
         module = name.rpartition(".")[0]
         alone = f"{module}.weight" in layers and name != f"{module}.weight"
         for sibling in [name] if alone else _tensors_of(module, tuned):
-            known = architecture.find(module_of(sibling))
-            path = names[sibling]
-            component = known.component if known else architecture.at_hand or architecture.components[0]
-            saved[Target(component, (path,))] = (Replace(tuned.tensors[sibling]),)
+            component, paths = meanings.of[sibling][:2]
+            for path, (_, ref) in zip(paths, meanings.parts(sibling), strict=True):
+                saved[Target(component, (_canonical(path, component, architecture, lacking),))] = (Replace(ref),)
     if left:
         what = f"{len(left)} changed tensors are not in the adapter: {_listed(left)}"
         report.findings.append(Finding("warning", "--rest skip" if not kept else "left out", what))
         report.totals["skipped_tensors"] = left
     if kept:
-        what = f"{len(kept)} changed tensors are no low-rank deltas, and are in the adapter whole: {_listed(kept)}"
+        size = sum(savable.tensors[name].nbytes for name in kept)
+        what = f"{len(kept)} tensors are in the adapter whole, not as low-rank deltas ({size:,} bytes): {_listed(kept)}"
+        report.totals["saved_bytes"] = size
         report.findings.append(Finding("info", "--rest save", what))
         report.totals["saved_tensors"] = kept
     return Rest(saved, sum(changed[name] for name in left))
@@ -159,22 +165,25 @@ def _tensors_of(module: str, tuned: TensorSource) -> list[str]:
     return [name for name in tuned.tensors if name.rpartition(".")[0] == module]
 
 
-def _canonical_names(tuned: TensorSource, architecture: Architecture, layers: Mapping[str, Target]) -> dict[str, str]:
-    """Return canonical module paths of all tensors: with the leading element that a file of a bare model lacks."""
-    missing = ""
-    for prefixes in architecture.prefixes.values():
-        for prefix in prefixes:
-            if any(t.parts[0].startswith(prefix) for t in layers.values()) and not any(
-                architecture.on_disk(name).startswith(prefix) for name in tuned.tensors
-            ):
-                missing = prefix
+def _lacking(meanings: Meanings, layers: Mapping[str, Target]) -> dict[str, str]:
+    """Return the leading element that a file of a bare model lacks, by component."""
     found = {}
-    for name in tuned.tensors:
-        module, leaf = (name.removesuffix(".bias"), ".bias") if name.endswith(".bias") else (module_of(name), "")
-        known = architecture.find(module)
-        whole = known is not None and len(known.parts) == 1
-        found[name] = (known.parts[0] if known and whole else missing + architecture.on_disk(module)) + leaf
+    for component, prefixes in meanings.architecture.prefixes.items():
+        paths = [m.paths[0] for m in meanings.of.values() if m.component == component]
+        for prefix in prefixes:
+            has = any(meanings.architecture.on_disk(path).startswith(prefix) for path in paths)
+            if not has and any(t.parts[0].startswith(prefix) for t in layers.values() if t.component == component):
+                found[component] = prefix
     return found
+
+
+def _canonical(path: str, component: str, architecture: Architecture, lacking: Mapping[str, str]) -> str:
+    """Return the canonical path of a tensor: with the leading element that a file of a bare model lacks."""
+    module = path.removesuffix(".bias")
+    known = architecture.find(module, component)
+    if known is not None and len(known.parts) == 1:
+        return known.parts[0] + path[len(module) :]
+    return lacking.get(component, "") + architecture.on_disk(path)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ retained energy is exact. The scaling is folded into the new factors: the result
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod, sqrt
 from typing import Any
 
@@ -18,8 +18,8 @@ from loratool.architecture import Architecture
 from loratool.deltas import Delta, Full, Replace
 from loratool.errors import InputError
 from loratool.hookspecs import Format
-from loratool.operations import sizes
-from loratool.operations.ranks import Rule
+from loratool.operations import relative, sizes
+from loratool.operations.ranks import AUTO, Rule
 from loratool.operations.recompress import (
     ResizeModule,
     ScaleBias,
@@ -32,10 +32,12 @@ from loratool.operations.recompress import (
 from loratool.operations.sizes import Sized
 from loratool.operations.writing import spell
 from loratool.plan import Facts, Input, OutFile, Plan, Report, Settled, Spooled
+from loratool.tensors import TensorRef, TensorSource
 
 __all__ = ["ResizeModule", "Rule", "plan"]
 
 Deltas = dict[Target, tuple[Delta, ...]]
+_MUCH = 0.1  # of a module's energy, that --rank auto may leave out without a word
 
 
 def plan(
@@ -47,10 +49,16 @@ def plan(
     dtype: str = "keep",
     pad_rank: int | str | None = None,
     curve: bool = False,
+    relative_to: TensorSource | None = None,
     options: Mapping[str, Any],
 ) -> Plan:
-    """Plan the recompression of every delta of `adapter` under `rule`, written in `format`."""
+    """Plan the recompression of every delta of `adapter` under `rule`, written in `format`.
+
+    Errors are measured against the weights of `relative_to`, the base.
+    """
     sizes.check_pad(pad_rank, rule.budget)
+    if relative_to is not None:
+        relative.require_use(rule, curve=curve)
     rule.require_patterns_used(adapter.targets, adapter.origin.path)
     factored, kept = recompressible(adapter, architecture, "resize")
     if not factored:
@@ -59,54 +67,84 @@ def plan(
         ResizeModule(t, ds, rule.of(t), dtype_of(ds) if dtype == "keep" else dtypes.from_torch_name(dtype))
         for t, ds in factored.items()
     ]
+    yardsticks = relative.weights_of(relative_to, architecture, {u.target: u.shape for u in units})
+    units = [replace(u, against=yardsticks[u.target]) for u in units]
     biases = scaled_biases(kept)
     report = Report(verb="resize", findings=list(adapter.findings))
-    report.totals = {"modules": len(units), "bytes_before": sum(ref.nbytes for u in units for ref in u.reads)}
+    report.totals = {"modules": len(units), "bytes_before": sum(ref.nbytes for u in units for ref in u.factors)}
     report.findings += _upsizing(rule, units)
     report.rows = [{"module": u.key, "rank_before": u.rank} for u in units]
 
-    def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
-        others: Deltas = {**kept, **{b.target: (b.settled(spooled),) for b in biases}}
+    ending = _Ending(adapter, units, biases, kept, rule, pad_rank, curve, (architecture, format, options), report)
+    return Plan(
+        (*units, *biases),
+        report,
+        ending.settle,
+        (),
+        format.single_file or "file" in options,
+        (Input(adapter.origin.path, adapter.tensors, adapter.explained),),
+        _copied(adapter, factored, kept),
+    )
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How a resizing ends: the ranks settled, everything written and told. `out` is where to."""
+
+    adapter: Adapter
+    units: Sequence[ResizeModule]
+    biases: Sequence[ScaleBias]
+    kept: Deltas
+    rule: Rule
+    pad_rank: int | str | None
+    curve: bool
+    out: tuple[Architecture | None, Format, Mapping[str, Any]]
+    report: Report
+
+    def settle(self, facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
+        """Write what the units found."""
+        units, report, (architecture, format, _) = self.units, self.report, self.out
         found = [facts[u.key] for u in units]
-        modules = [_sized(u, f, adapter, architecture, format) for u, f in zip(units, found, strict=True)]
-
-        def deltas_at(ranks: Sequence[int]) -> Deltas:
-            new = {
-                u.target: rebuilt(u.deltas, settled_factors(u.outs, rank, spooled))
-                for u, rank in zip(units, ranks, strict=True)
-            }
-            padded, report_rank = sizes.settled(new, pad_rank)
-            if report_rank:
-                report.totals["padded_to"] = report_rank
-            return joined_deltas({t: (d,) for t, d in padded.items()}, others)
-
-        def spelled(ranks: Sequence[int], into: Report) -> tuple[OutFile, ...]:
-            return spell(replace(adapter, deltas=deltas_at(ranks)), architecture, format, options, into)
-
+        modules = [_sized(u, f, self.adapter, architecture, format) for u, f in zip(units, found, strict=True)]
         ranks = [int(f["rank"]) for f in found]
-        if rule.budget is not None:
-            ranks = sizes.fitted(modules, rule.budget, lambda r: spelled(r, Report("resize")))
-        for unit, row, fact, rank in zip(units, report.rows, found, ranks, strict=True):
-            row.update(rank=rank, **losses(fact["total"], residual_at(fact, rank)))
-            row["bytes"] = rank * cost_of(unit.shape, unit.dtype)
-            row["sigma"] = shown(fact["sigma"])
-        total = sum(f["total"] for f in found)
-        report.totals |= losses(total, sum(residual_at(f, r) for f, r in zip(found, ranks, strict=True)))
-        if curve:
+        if self.rule.budget is not None:
+            ranks = sizes.fitted(modules, self.rule.budget, lambda r: self._spelled(r, spooled, Report("resize")))
+        _describe(report, units, found, ranks)
+        report.findings += _cut_short(self.rule, units, report.rows)
+        if self.curve:
             everything = [replace(m, sigma=tuple(f["sigma"]), beyond=0.0) for m, f in zip(modules, found, strict=True)]
             report.totals["curve"] = sizes.curve(everything)
-        files = spelled(ranks, report)
+        files = self._spelled(ranks, spooled, report)
         report.totals["bytes"] = sum(row["bytes"] for row in report.rows)
         report.totals["file_bytes"] = sizes.size_of(files)
         return Settled(report, files)
 
-    inputs = (Input(adapter.origin.path, adapter.tensors, adapter.explained),)
-    later = (
-        *adapter.base_copies.values(),
-        *reads_of(kept),
-        *(ref for ds in factored.values() for ref in magnitudes(ds)),
-    )
-    return Plan((*units, *biases), report, settle, (), format.single_file or "file" in options, inputs, later)
+    def _spelled(self, ranks: Sequence[int], spooled: Spooled, into: Report) -> tuple[OutFile, ...]:
+        """Return the files with all deltas at these ranks."""
+        pairs = zip(self.units, ranks, strict=True)
+        new = {u.target: rebuilt(u.deltas, settled_factors(u.outs, rank, spooled)) for u, rank in pairs}
+        factors, padded_to = sizes.settled(new, self.pad_rank)
+        into.totals |= {"padded_to": padded_to} if padded_to else {}
+        others: Deltas = {**self.kept, **{b.target: (b.settled(spooled),) for b in self.biases}}
+        deltas = joined_deltas({t: (d,) for t, d in factors.items()}, others)
+        return spell(replace(self.adapter, deltas=deltas), *self.out, into)
+
+
+def _copied(adapter: Adapter, factored: Deltas, kept: Deltas) -> tuple[TensorRef, ...]:
+    """Return the tensors that are written as they are."""
+    of_dora = (ref for deltas in factored.values() for ref in magnitudes(deltas))
+    return *adapter.base_copies.values(), *reads_of(kept), *of_dora
+
+
+def _describe(report: Report, units: Sequence[ResizeModule], found: Sequence[Facts], ranks: Sequence[int]) -> None:
+    """Say in the rows what each module kept, and in the totals what all did."""
+    residuals = [residual_at(fact, rank) for fact, rank in zip(found, ranks, strict=True)]
+    of_base, weighted = relative.told(found, residuals)
+    for n, (unit, row, fact, rank) in enumerate(zip(units, report.rows, found, ranks, strict=True)):
+        row.update(rank=rank, **losses(fact["total"], residuals[n]), **of_base[n])
+        row["bytes"] = rank * cost_of(unit.shape, unit.dtype)
+        row["sigma"] = shown(fact["sigma"])
+    report.totals |= losses(sum(f["total"] for f in found), sum(residuals)) | weighted
 
 
 def _upsizing(rule: Rule, units: Sequence[ResizeModule]) -> list[Finding]:
@@ -117,13 +155,26 @@ def _upsizing(rule: Rule, units: Sequence[ResizeModule]) -> list[Finding]:
     return [Finding("warning", f"--rank {rule.rank}", what, "--pad-rank fills ranks up with zeros")]
 
 
+def _cut_short(rule: Rule, units: Sequence[ResizeModule], rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Say so where --rank auto leaves out much: a flat spectrum has no bend that would tell signal from noise."""
+    auto = [row for u, row in zip(units, rows, strict=True) if u.rule.rank == AUTO and 1 - row["retained"] > _MUCH]
+    if rule.rank != AUTO or not auto:
+        return []
+    worst = min(auto, key=lambda row: row["retained"])
+    what = (
+        f"{len(auto)} of {len(units)} modules lose more than {_MUCH:.0%} of their energy, {worst['module']} "
+        f"{1 - worst['retained']:.0%} at rank {worst['rank']}: their spectra are flat, and show no rank"
+    )
+    return [Finding("warning", "--rank auto", what, "--energy 0.95 keeps a share of every module")]
+
+
 def _sized(
     unit: ResizeModule, fact: Facts, adapter: Adapter, architecture: Architecture | None, format: Format
 ) -> Sized:
     sigma = tuple(fact["sigma"][: fact["rank"]])
     beyond = max(fact["total"] - sum(s * s for s in sigma), 0.0) if len(sigma) < len(fact["sigma"]) else 0.0
     group = sizes.group_of(unit.target, adapter, architecture, format.name)
-    return Sized(unit.target, sigma, cost_of(unit.shape, unit.dtype), beyond, group)
+    return Sized(unit.target, sigma, cost_of(unit.shape, unit.dtype), beyond, group, relative.weight_of(fact))
 
 
 def cost_of(shape: tuple[int, ...], dtype: str) -> int:
