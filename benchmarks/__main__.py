@@ -1,4 +1,8 @@
-"""`python -m benchmarks [NAME...]`: run the benchmarks, or those named, and print their ratios."""
+"""`python -m benchmarks [NAME...]`: run the benchmarks, or those named, and print their ratios.
+
+resize and extract need a peer in an environment of its own, and are skipped without: SD_SCRIPTS (checkouts of kohya's
+sd-scripts, with ":" between) and SD_SCRIPTS_PYTHON; MERGEKIT_EXTRACT_LORA (the program of that name).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("startup", "kernels", "adapters", "merge")
+NAMES = ("startup", "kernels", "adapters", "combine", "resize", "extract", "merge")
 
 
 def main() -> None:

@@ -28,13 +28,13 @@ def resize(n: int, rank: int, runs: int) -> None:
     """Rank `rank` to half of it: our core SVD against the full SVD of the product, as most tools do it."""
     up, down = torch.randn(n, rank), torch.randn(rank, n)
     keep = rank // 2
-    ours = measure.function(lambda: lowrank.compress(up, down).balanced(keep), max(runs, 9))
+    ours = measure.function(lambda: lowrank.compress(up, down, keep).balanced(keep), max(runs, 9))
     peers: dict[str, Callable[[], object]] = {
         "full SVD of the product (sd-scripts, PEFT)": lambda: torch.linalg.svd(up @ down, full_matrices=True),
         "economy SVD of the product": lambda: torch.linalg.svd(up @ down, full_matrices=False),
         "svd_lowrank of the product (newer sd-scripts)": lambda: torch.svd_lowrank(up @ down, q=2 * keep),
     }
-    left, right = lowrank.compress(up, down).balanced(keep)
+    left, right = lowrank.compress(up, down, keep).balanced(keep)
     optimum = lowrank.singular_values(up, down)[keep:].norm()
     excess = float((up.double() @ down.double() - left @ right).norm() / optimum) - 1
     print(f"\nresize kernel, {n} x {n}, rank {rank} -> {keep}: loratool {1e3 * ours:.2f} ms", end="")

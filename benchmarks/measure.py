@@ -7,11 +7,12 @@ shared); memory is the largest resident set. Contenders take turns, so that drif
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -35,11 +36,11 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def process(command: Sequence[str]) -> Cost:
-    """Run a command (its program by absolute path) to its end; it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", _LAUNCHER, *command], capture_output=True, text=True, check=False
-    )
+def process(command: Sequence[str], variables: Mapping[str, str] | None = None) -> Cost:
+    """Run a command (its program by absolute path) to its end; it must succeed. `variables` join the environment."""
+    launcher = [sys.executable, "-S", "-c", _LAUNCHER]
+    variables = {**os.environ, **(variables or {})}
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=variables)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)[:200]} failed:\n{done.stderr[-2000:]}")
     return Cost(*json.loads(done.stdout.splitlines()[-1]))
@@ -55,12 +56,13 @@ def loratool(*arguments: object) -> list[str]:
     return python("loratool", *arguments)
 
 
-def in_turns(contenders: dict[str, Callable[[], Cost]], runs: int) -> dict[str, Cost]:
-    """Run contenders A B A B ...; return the median of each figure."""
+def in_turns(contenders: dict[str, Callable[[], Cost]], runs: int, once: str = "") -> dict[str, Cost]:
+    """Run contenders A B A B ...; return the median of each figure. A slow one runs `once`, in the middle turn."""
     costs: dict[str, list[Cost]] = {name: [] for name in contenders}
-    for _ in range(runs):
+    for turn in range(runs):
         for name, run in contenders.items():
-            costs[name].append(run())
+            if name != once or turn == runs // 2:
+                costs[name].append(run())
     return {
         name: Cost(*(statistics.median(figures) for figures in zip(*found, strict=True)))
         for name, found in costs.items()
@@ -75,6 +77,12 @@ def function(call: Callable[[], object], runs: int) -> float:
         call()
         times.append(time.process_time() - start)
     return statistics.median(times)
+
+
+def start_up(costs: dict[str, Cost], ours: tuple[str, str], peer: tuple[str, str]) -> None:
+    """Print a peer's ratio without what both spend before they begin: pairs of a contender and its start alone."""
+    net = [costs[whole].cpu - costs[start].cpu for whole, start in (ours, peer)]
+    print(f"  without start-up: {net[0]:.2f} and {net[1]:.2f} CPU s, {net[1] / net[0]:.0f}x")
 
 
 def show(title: str, costs: dict[str, Cost], ours: str) -> None:
