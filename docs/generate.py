@@ -1,15 +1,26 @@
-"""Write docs/commands.md from the commands' own help. Run it after changing an option; a test compares.
+"""Write docs/commands.md from the commands' own help, and what the commands of docs/combine.md print, into that page.
 
-python docs/generate.py
+Run it after changing an option or what a report says; tests compare. python docs/generate.py
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import signal
+import tempfile
 from pathlib import Path
 
 import click
 
 PAGE = Path(__file__).parent / "commands.md"
+COMBINE = Path(__file__).parent / "combine.md"
+_BLOCK = re.compile(
+    r"^```(?:json file=(?P<file>\S+)\n(?P<content>.*?)|\n\$ (?P<line>loratool [^\n]*)\n(?P<told>.*?))^```$", re.M | re.S
+)
 
 
 def page() -> str:
@@ -46,5 +57,39 @@ def _help(command: click.Command, name: str, parent: click.Context) -> str:
     return "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
 
 
+def _run(arguments: list[str]) -> int:
+    """Run the command line in this process, which stays as it was."""
+    from loratool.cli.main import main
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        main(arguments)
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def worked(text: str, folder: Path) -> str:
+    """Return a page with what its commands print when they run one after the other in `folder`, findings included."""
+
+    def shown(block: re.Match[str]) -> str:
+        if block["file"]:
+            (folder / block["file"]).write_text(block["content"])
+            return block[0]
+        told = io.StringIO()
+        with contextlib.chdir(folder), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            code = _run(shlex.split(block["line"])[1:])
+        if code:
+            raise RuntimeError(f"{block['line']}\n{told.getvalue()}")
+        printed = "\n".join(line.rstrip() for line in told.getvalue().strip("\n").splitlines())
+        return f"```\n$ {block['line']}\n{printed}\n```"
+
+    runpy.run_path(str(Path(__file__).parent / "examples/adapters_to_combine.py"))["main"](folder)
+    return _BLOCK.sub(shown, text)
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())
+    with tempfile.TemporaryDirectory() as temporary:
+        COMBINE.write_text(worked(COMBINE.read_text(), Path(temporary)))

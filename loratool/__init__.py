@@ -11,21 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Adapter, Finding, Origin, Target
 from loratool.architecture import Architecture, Match
+from loratool.combining import Bounds, Matrix, Method, Pair, Share, method
 from loratool.deltas import LowRank
 from loratool.errors import LoratoolError
 from loratool.hookspecs import Format, Written, hookimpl
 from loratool.layers import Conv1D, Conv1d, Conv2d, Conv3d, Embedding, Excluded, Experts, Fused, Linear
 from loratool.layouts import blocks, concat, interleave_heads, stack, stride
+from loratool.native import Labels, Named
 from loratool.plan import JsonFile, Report, TensorFile
 from loratool.tensors import TensorRef, TensorSource
 
 if TYPE_CHECKING:
-    from loratool.api import compare, convert, extract, inspect, merge, resize
+    from loratool.api import combine, compare, convert, extract, inspect, merge, resize
     from loratool.live import from_peft, to_peft
+    from loratool.publishing import pull, push
+    from loratool.settings import Publishing
 
 __all__ = [
     "Adapter",
     "Architecture",
+    "Bounds",
     "Conv1D",
     "Conv1d",
     "Conv2d",
@@ -37,12 +42,19 @@ __all__ = [
     "Format",
     "Fused",
     "JsonFile",
+    "Labels",
     "Linear",
     "LoratoolError",
     "LowRank",
     "Match",
+    "Matrix",
+    "Method",
+    "Named",
     "Origin",
+    "Pair",
+    "Publishing",
     "Report",
+    "Share",
     "Target",
     "TensorFile",
     "TensorRef",
@@ -50,6 +62,7 @@ __all__ = [
     "Written",
     "__version__",
     "blocks",
+    "combine",
     "compare",
     "concat",
     "convert",
@@ -59,6 +72,9 @@ __all__ = [
     "inspect",
     "interleave_heads",
     "merge",
+    "method",
+    "pull",
+    "push",
     "resize",
     "stack",
     "stride",
@@ -68,8 +84,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    **dict.fromkeys(("compare", "convert", "extract", "inspect", "merge", "resize"), "loratool.api"),
+    **dict.fromkeys(("combine", "compare", "convert", "extract", "inspect", "merge", "resize"), "loratool.api"),
     **dict.fromkeys(("from_peft", "to_peft"), "loratool.live"),
+    **dict.fromkeys(("pull", "push"), "loratool.publishing"),
+    "Publishing": "loratool.settings",
 }
 
 

@@ -26,6 +26,15 @@ class Target(NamedTuple):
 
     component: str
     parts: tuple[str, ...]
+    heights: tuple[int, ...] = ()  # output rows of each part, where they are not equal
+
+    def shares(self, out: int) -> tuple[int, ...]:
+        """Return how many of a delta's `out` rows belong to each part; MismatchError where they do not divide."""
+        share, rest = divmod(out, len(self.parts))
+        found = self.heights or (share,) * len(self.parts)
+        if sum(found) != out or (rest and not self.heights):
+            raise MismatchError(f"{out} rows do not divide into {', '.join(self.parts)}", where=str(self))
+        return found
 
     @property
     def path(self) -> str:
@@ -86,7 +95,9 @@ class Adapter:
     `families` are the architectures that explain every name, `rivals` others that do and mean other modules.
     `base_copies` are untouched base weights that were saved along (PEFT does so for embeddings). `tensors` are all of
     the files, `consumed` the names of those that were read for their value (alphas), `skipped` those that the user's
-    globs left out, `partly` those of which they left out some experts. `findings` is everything that reading noticed.
+    globs left out, `partly` those of which they left out some experts. `unmapped`: the findings' places that
+    are modules or tensors which nothing explains.
+    `findings` is everything that reading noticed.
 
     `replication`: the layer of the base that each layer of the adapted model repeats, where they are not the same.
     `changed_base`: how the base was changed before training (PiSSA ...); the deltas are relative to that changed base.
@@ -103,6 +114,7 @@ class Adapter:
     consumed: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     partly: tuple[str, ...] = ()
+    unmapped: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     base_model: str = ""
     findings: tuple[Finding, ...] = ()
@@ -163,6 +175,17 @@ class Adapter:
             )
         return self
 
+    def without_unmapped(self) -> Adapter:
+        """Return this adapter less what nothing explains: the errors become warnings."""
+        dropped = (f._replace(level="warning", what=f"dropped: {f.what}", hint="") for f in self.findings)
+        findings = (w if f.where in self.unmapped else f for f, w in zip(self.findings, dropped, strict=True))
+        return replace(self, findings=tuple(findings))
+
+    def has(self, pattern: str) -> bool:
+        """Whether a user's pattern selects any module; a bias goes with its module."""
+        named = ((part.removesuffix(".bias"), t.component) for t in self.deltas for part in t.parts)
+        return any(selects(pattern, part, component) for part, component in named)
+
     def selected(self, target: Iterable[str] = (), exclude: Iterable[str] = ()) -> Adapter:
         """Return this adapter less what the user's globs leave out; the tensors left out are in `skipped`."""
         target, exclude = tuple(target), tuple(exclude)
@@ -185,9 +208,7 @@ class Adapter:
             if all(chosen):
                 kept[t] = deltas
             elif any(chosen):  # some of the parts that one delta covers, such as an expert's gate without its up
-                cuts = [d.cut(len(t.parts)) for d in deltas]
-                parts = [n for n, yes in enumerate(chosen) if yes]
-                kept |= {Target(t.component, (t.parts[n],)): tuple(c[n] for c in cuts) for n in parts}
+                kept |= {part: cut for part, cut in by_parts(t, deltas).items() if wanted(part.parts[0], t.component)}
         dead = [p for p, matched in used.items() if not matched]
         if dead or not kept:
             raise MismatchError(
@@ -205,6 +226,12 @@ class Adapter:
         return replace(self, deltas=kept, base_copies=copies, skipped=tuple(skipped), partly=tuple(partly))
 
 
+def by_parts(target: Target, deltas: tuple[Delta, ...]) -> dict[Target, tuple[Delta, ...]]:
+    """Return the deltas of several modules, cut into those of each by their output rows, `down` shared."""
+    cuts = [d.cut(target.shares(d.shape[0])) for d in deltas]
+    return {Target(target.component, (part,)): tuple(c[n] for c in cuts) for n, part in enumerate(target.parts)}
+
+
 class Weighted(NamedTuple):
     """An adapter and how strongly it is applied: `weight`, times the scales of the patterns that select a module."""
 
@@ -220,10 +247,18 @@ class Weighted(NamedTuple):
                 weight *= scale
         return weight
 
-    def require_scales_used(self) -> None:
+    def cut(self) -> Weighted:
+        """Return the same with each delta cut that covers several modules, if their weights differ."""
+        deltas: dict[Target, tuple[Delta, ...]] = {}
+        for target, found in self.adapter.deltas.items():
+            weights = {self.of(Target(target.component, (part,))) for part in target.parts}
+            deltas |= by_parts(target, found) if len(weights) > 1 else {target: found}
+        return self._replace(adapter=replace(self.adapter, deltas=deltas))
+
+    def require_used(self, scales: Iterable[str]) -> None:
         """Raise MismatchError where a pattern selects nothing."""
-        for pattern, _ in self.scales:
-            if not any(selects(pattern, part, t.component) for t in self.adapter.deltas for part in t.parts):
+        for pattern in scales:
+            if not self.adapter.has(pattern):
                 raise MismatchError(
                     f"no module matches {pattern!r}",
                     where=self.adapter.origin.path,

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from loratool import expressions
 from loratool.adapter import Adapter, Finding
-from loratool.architecture import Architecture, Known, plainest
+from loratool.architecture import Architecture, plainest
 from loratool.deltas import Delta
 from loratool.errors import AmbiguityError, FormatError, LoratoolError, MismatchError
 from loratool.layers import Excluded
 from loratool.patterns import outline, selects
 from loratool.plugins import Plugins
+from loratool.readings import Known
 from loratool.tensors import TensorRef, TensorSource, module_of
 
 
@@ -108,11 +109,12 @@ def by_names_of(
     misread = not fits(chosen, some)
     for adapter in (a for a in adapters if a.origin.format and (misread or not a.families)):
         path = adapter.origin.path
+        others = _families_of(adapter, every, plugins)
         both = next((a.name for a in fitting if _families_of(adapter, (a,), plugins)), "")
-        if both:
+        if both and (misread or {a.name for a in fitting}.issuperset(others)):  # else the names may mean another model
             hint = f"{both} knows the names of {path} and every weight of this base: --arch {both}"
             return MismatchError(problem.what, where=problem.where, hint=hint)
-        if not adapter.families and (others := _families_of(adapter, every, plugins)):
+        if not adapter.families and others:
             hint = (
                 f"the names of {path} are those of {' or '.join(others[:3])}, and this base was read as {chosen.name}"
             )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 
-# safetensors name -> (torch name, bytes per element, struct code where struct knows the type)
+# safetensors name -> (torch name, bytes per element, struct code where struct knows the type), in the order of the
+# safetensors library, which puts the data of a file behind each other from the last to the first of these
 _TABLE: dict[str, tuple[str, int, str]] = {
     "BOOL": ("bool", 1, "?"),
     "U8": ("uint8", 1, "B"),
@@ -15,18 +16,19 @@ _TABLE: dict[str, tuple[str, int, str]] = {
     "F8_E5M2": ("float8_e5m2", 1, ""),
     "F8_E4M3": ("float8_e4m3fn", 1, ""),
     "F8_E8M0": ("float8_e8m0fnu", 1, ""),
-    "U16": ("uint16", 2, "H"),
     "I16": ("int16", 2, "h"),
+    "U16": ("uint16", 2, "H"),
     "F16": ("float16", 2, "e"),
     "BF16": ("bfloat16", 2, ""),
-    "U32": ("uint32", 4, "I"),
     "I32": ("int32", 4, "i"),
+    "U32": ("uint32", 4, "I"),
     "F32": ("float32", 4, "f"),
-    "U64": ("uint64", 8, "Q"),
-    "I64": ("int64", 8, "q"),
-    "F64": ("float64", 8, "d"),
     "C64": ("complex64", 8, ""),
+    "F64": ("float64", 8, "d"),
+    "I64": ("int64", 8, "q"),
+    "U64": ("uint64", 8, "Q"),
 }
+_ORDER = {name: n for n, name in enumerate(_TABLE)}
 _FROM_TORCH = {torch_name: name for name, (torch_name, _, _) in _TABLE.items()}
 
 #: The dtypes that a user can ask for as output.
@@ -41,6 +43,11 @@ def is_known(dtype: str) -> bool:
 def itemsize(dtype: str) -> int:
     """Bytes per element of a safetensors dtype."""
     return _TABLE[dtype][1]
+
+
+def order(dtype: str) -> int:
+    """The place of a dtype among all: larger elements have higher places."""
+    return _ORDER[dtype]
 
 
 def torch_name(dtype: str) -> str:

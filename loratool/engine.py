@@ -3,6 +3,9 @@
 Workers are threads: reading, arithmetic and writing release the interpreter lock, and one intra-op thread a worker
 keeps results independent of their number. A unit starts when its scratch fits into what is left of the memory budget;
 one that is larger than the whole budget runs alone.
+
+On a GPU units that are alike run in batches, and every worker has a stream of its own: while one computes, others read
+and copy. What does not fit into the GPU's memory is done in smaller batches, then on the CPU, and the report says so.
 """
 
 from __future__ import annotations
@@ -17,11 +20,28 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from loratool import ledger
+from loratool.adapter import Finding
 from loratool.errors import InputError, LoratoolError, StorageError, UsageError
-from loratool.plan import CopiedFile, Facts, JsonFile, Out, OutFile, Plan, Report, TensorFile, Unit, work
+from loratool.plan import (
+    CopiedFile,
+    Emit,
+    Facts,
+    JsonFile,
+    Load,
+    Out,
+    OutFile,
+    Plan,
+    Report,
+    Stackable,
+    TensorFile,
+    Unit,
+    batches,
+    work,
+)
+from loratool.storage import location
 from loratool.storage.writer import Staging
 from loratool.tensors import Span, TensorRef
 
@@ -31,6 +51,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 #: Of every input, by path: size, time of change, inode.
 Inputs = Mapping[str, tuple[int, int, int]]
+Batch: TypeAlias = tuple[Unit, ...]
+_SHORT = "short_of_memory"  # in the facts of a unit: what was done about it
 
 
 class _Stopped(BaseException):
@@ -38,11 +60,15 @@ class _Stopped(BaseException):
 
 
 class Resources(NamedTuple):
-    """What a run may use. `memory` is the budget in bytes for the scratch of running units."""
+    """What a run may use. `memory` is the budget in bytes for the scratch of running units.
+
+    `batches`: whether units that are alike are done together; None: where the device is not the CPU.
+    """
 
     device: str = "auto"
     workers: int = 0
     memory: int = 2 << 30
+    batches: bool | None = None
 
     @property
     def threads(self) -> int:
@@ -65,6 +91,11 @@ class Resources(NamedTuple):
             raise UsageError(f"this machine has no {self.device}", hint="--device cpu")
         return self.device
 
+    def composed(self, units: Sequence[Unit]) -> list[Batch]:
+        """Return the units as they are done: each alone, or in batches."""
+        together = self.chosen_device() != "cpu" if self.batches is None else self.batches
+        return batches(units, self.memory) if together else [(unit,) for unit in units]
+
 
 #: No limits but the defaults.
 EVERYTHING = Resources()
@@ -77,6 +108,7 @@ def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progres
         stage.prepare(plan.files, [o for unit in plan.units for o in unit.outs if not o.file])
         facts = run(plan.units, resources, stage, progress)
         report, more = plan.settle(facts, stage.spooled)
+        report.findings += _retried(facts)
         files = [*plan.files, *more]
         if plan.single_file and len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
@@ -100,7 +132,9 @@ def measure(plan: Plan, resources: Resources, progress: Progress | None) -> Repo
     inputs = inputs_of(plan.units)
     facts = run(plan.units, resources, None, progress)
     _check_unchanged(inputs)
-    return plan.settle(facts, _no_spool).report
+    report = plan.settle(facts, _no_spool).report
+    report.findings += _retried(facts)
+    return report
 
 
 def run(
@@ -112,24 +146,26 @@ def run(
         raise LoratoolError(f"two units of the plan are called {twice[0]!r}: please report this bug")
     done: Mapping[str, Facts] = stage.done if stage else {}
     facts = {u.key: done[u.key] for u in units if u.key in done}
-    pending = [u for u in units if u.key not in facts]
+    # a batch of which a part is missing is done again as a whole: in another one, results might be rounded differently
+    pending = [batch for batch in resources.composed(units) if any(u.key not in facts for u in batch)] if units else []
     if pending:
         total = sum(work(u) for u in units)
-        finished = total - sum(work(u) for u in pending)
+        finished = total - sum(work(u) for batch in pending for u in batch)
         with _one_thread_each(), _frozen_garbage(), _workers(resources, stage) as submit:
-            for unit, fact in _completed(pending, submit, resources.threads, resources.memory):
-                facts[unit.key] = fact
-                if stage:
-                    stage.record(unit.key, fact)
-                finished += work(unit)
+            for batch, found in _completed(pending, submit, resources.threads, resources.memory):
+                for unit, fact in zip(batch, found, strict=True):
+                    facts[unit.key] = fact
+                    if stage:
+                        stage.record(unit.key, fact)
+                    finished += work(unit)
                 if progress:
                     progress(finished, total)
     return {u.key: facts[u.key] for u in units}
 
 
 @contextmanager
-def _workers(resources: Resources, stage: Staging | None) -> Iterator[Callable[[Unit], Future[Facts]]]:
-    """Give a function that has a worker run a unit. The first error stops all.
+def _workers(resources: Resources, stage: Staging | None) -> Iterator[Callable[[Batch], Future[list[Facts]]]]:
+    """Give a function that has a worker run a batch. The first error stops all.
 
     An error waits for the other workers, which end at their next reading or writing. An interrupt does not: a worker
     may be in the middle of a decomposition that takes a minute. Files that such a worker uses stay open until it ends.
@@ -147,20 +183,24 @@ def _workers(resources: Resources, stage: Staging | None) -> Iterator[Callable[[
             raise _Stopped
         stage.write(out, row, data)
 
-    def load(ref: TensorRef, into: torch.Tensor | None = None) -> torch.Tensor:
-        if stopped.is_set():
-            raise _Stopped
-        return loader(ref, into)
+    def loading(loader: Loader) -> Load:
+        def load(ref: TensorRef, into: torch.Tensor | None = None) -> torch.Tensor:
+            if stopped.is_set():
+                raise _Stopped
+            return loader(ref, into)
 
-    def compute(unit: Unit) -> Facts:
+        return load
+
+    def compute(batch: Batch) -> list[Facts]:
         with torch.no_grad():  # of each thread
-            return unit.run(load, emit)
+            return _done(batch, loading(loader), loading(on_cpu), emit)
 
-    pool = ThreadPoolExecutor(resources.threads, thread_name_prefix="loratool")
-    with Loader(resources.chosen_device()) as loader:
+    device = resources.chosen_device()
+    pool = ThreadPoolExecutor(resources.threads, "loratool", _use_own_stream, (device,))
+    with Loader(device) as loader, Loader() as on_cpu:
         waits = True
         try:
-            yield lambda unit: pool.submit(compute, unit)
+            yield lambda batch: pool.submit(compute, batch)
         except Exception:
             raise
         except BaseException:
@@ -171,21 +211,58 @@ def _workers(resources: Resources, stage: Staging | None) -> Iterator[Callable[[
             pool.shutdown(wait=waits, cancel_futures=True)
 
 
+def _use_own_stream(device: str) -> None:
+    """Give the worker that calls this a stream of its own, on a GPU: its copies overlap with what others compute."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def _done(batch: Batch, load: Load, on_cpu: Load, emit: Emit) -> list[Facts]:
+    """Run a batch; where it does not fit into the GPU's memory, its halves, and a single unit on the CPU."""
+    import torch
+
+    first = batch[0]
+    try:
+        if len(batch) > 1:
+            assert isinstance(first, Stackable)
+            return first.run_together(batch, load, emit)
+        return [first.run(load, emit)]
+    except torch.OutOfMemoryError:
+        pass  # and on from outside: the traceback holds what was loaded
+    if len(batch) == 1:
+        return [first.run(on_cpu, emit) | {_SHORT: "on the CPU"}]
+    half = len(batch) // 2
+    parts = [fact for part in (batch[:half], batch[half:]) for fact in _done(part, load, on_cpu, emit)]
+    return [{_SHORT: "in smaller batches", **fact} for fact in parts]
+
+
+def _retried(facts: Mapping[str, Facts]) -> list[Finding]:
+    """Say what became of units for which the GPU's memory was too small."""
+    counts = Counter(fact[_SHORT] for fact in facts.values() if _SHORT in fact)
+    if not counts:
+        return []
+    what = " and ".join(f"{count} of {len(facts)} pieces were done {how}" for how, count in sorted(counts.items()))
+    what = f"the GPU's memory was too small: {what}; their last digits may differ from those of another run"
+    return [Finding("warning", "--device", what, "--workers 1 or a smaller --max-memory asks for less at a time")]
+
+
 def _completed(
-    pending: Sequence[Unit], submit: Callable[[Unit], Future[Facts]], threads: int, memory: int
-) -> Iterator[tuple[Unit, Facts]]:
-    """Run units in order of the plan as workers and memory allow; yield each as it ends."""
+    pending: Sequence[Batch], submit: Callable[[Batch], Future[list[Facts]]], threads: int, memory: int
+) -> Iterator[tuple[Batch, list[Facts]]]:
+    """Run batches in order of the plan as workers and memory allow; yield each as it ends."""
     queue = list(reversed(pending))
-    running: dict[Future[Facts], Unit] = {}
+    running: dict[Future[list[Facts]], Batch] = {}
     while queue or running:
         while queue and len(running) < threads:
-            taken = sum(unit.scratch for unit in running.values())
-            if running and taken + queue[-1].scratch > memory:
+            taken = sum(unit.scratch for batch in running.values() for unit in batch)
+            if running and taken + sum(unit.scratch for unit in queue[-1]) > memory:
                 break
-            unit = queue.pop()
-            running[submit(unit)] = unit
+            batch = queue.pop()
+            running[submit(batch)] = batch
         finished, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in sorted(finished, key=lambda f: running[f].key):
+        for future in sorted(finished, key=lambda f: running[f][0].key):
             yield running.pop(future), future.result()
 
 
@@ -226,6 +303,8 @@ def digest(plan: Plan, resources: Resources, inputs: Inputs) -> str:
     state = sha256(f"loratool {__version__}, torch {_torch_version()}".encode())
     if plan.units:
         state.update(f"on {resources.chosen_device().partition(':')[0]}".encode())
+        sizes = [len(batch) for batch in resources.composed(plan.units)]
+        state.update(f"in batches of {sizes}".encode() if max(sizes) > 1 else b"")
     for text in (*map(repr, plan.units), *map(repr, plan.files), *map(repr, sorted(inputs.items()))):
         state.update(text.encode())
     return state.hexdigest()
@@ -245,7 +324,9 @@ def inputs_of(units: Iterable[Unit], files: Iterable[OutFile] = (), later: Itera
     refs = [*(ref for unit in units for ref in unit.reads), *later]
     refs += [ref for file in files if isinstance(file, TensorFile) for ref in file.tensors]
     paths = {piece.path for ref in refs for piece in ref.pieces if isinstance(piece, Span)}
-    return {path: _look(path) for path in paths | {file.source for file in files if isinstance(file, CopiedFile)}}
+    paths |= {file.source for file in files if isinstance(file, CopiedFile)}
+    location.fetch(paths)
+    return {path: _look(path) for path in paths}
 
 
 def _look(path: str) -> tuple[int, int, int]:

@@ -7,11 +7,12 @@
     │   ├── MismatchError    adapter and base, or two checkpoints, do not belong together
     │   ├── AmbiguityError   several readings are possible and would give different output
     │   └── UnsupportedError well-formed, but something loratool cannot do exactly yet
+    ├── HubError        4   the network failed, or the Hugging Face Hub said no
     ├── StorageError    5   the file system said no, or the output exists
     ├── LockedError     6   another run is writing the same output
     └── PluginError     7   a plugin is broken, or two plugins conflict
 
-Each says what happened, where, and what to try next. Exit code 4 is kept for the network.
+Each says what happened, where, and what to try next.
 """
 
 from __future__ import annotations
@@ -59,6 +60,19 @@ class AmbiguityError(InputError):
 
 class UnsupportedError(InputError):
     """The input is well-formed but holds something that cannot be carried exactly yet."""
+
+
+class HubError(LoratoolError):
+    """The network failed, or the Hugging Face Hub said no.
+
+    `missing` says what is not there: the repository, the revision or the file; it is empty for any other reason.
+    """
+
+    exit_code = 4
+
+    def __init__(self, what: str, *, where: object = "", hint: str = "", missing: str = "") -> None:
+        super().__init__(what, where=where, hint=hint)
+        self.missing = missing
 
 
 class StorageError(LoratoolError):

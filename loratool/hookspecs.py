@@ -1,4 +1,4 @@
-"""The whole extension surface: three hooks, each returning a list (register_commands: nothing). Order never matters.
+"""The whole extension surface: four hooks, each returning a list (register_commands: nothing). Order never matters.
 
 Write a plugin with `from loratool import hookimpl`; see docs/plugins.md.
 """
@@ -12,6 +12,7 @@ import pluggy
 
 from loratool.adapter import Adapter
 from loratool.architecture import Architecture
+from loratool.combining import Method
 from loratool.plan import OutFile
 from loratool.tensors import TensorSource
 
@@ -61,6 +62,11 @@ def register_architectures() -> list[Architecture]:  # type: ignore[empty-body]
 @hookspec
 def register_formats() -> list[Format]:  # type: ignore[empty-body]
     """Return the adapter file formats that this plugin adds."""
+
+
+@hookspec
+def register_methods() -> list[Method]:  # type: ignore[empty-body]
+    """Return the methods of combining adapters that this plugin adds."""
 
 
 @hookspec

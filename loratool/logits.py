@@ -5,7 +5,8 @@ This is the one check of a merge in which no code of loratool computes either si
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ from loratool.adapter import Weighted
 from loratool.discovery import shapes_from_config
 from loratool.errors import LoratoolError
 from loratool.storage import checkpoint
+from loratool.storage.location import place
 
 TOKENS = 16
 TOLERANCE = 0.1  # of the spread: two roundings to bfloat16 of a whole model stay well below
@@ -32,12 +34,26 @@ def compare(base: str, adapters: Sequence[Weighted], merged: str, memory: int) -
     import torch
 
     try:
-        with torch.no_grad():
-            live = _logits(base, adapters[0].adapter.origin.path)
+        with torch.no_grad(), _without_bars():
+            live = _logits(base, str(place(adapters[0].adapter.origin.path)))
             ours = _logits(merged, "")
     except Exception as problem:  # of a library that does not know this kind of model, or wants other inputs
         return 0.0, f"{type(problem).__name__}: {str(problem).splitlines()[0][:200]}"
     return float((live - ours).abs().max() / live.std()), ""
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Silence the bars of transformers while models are loaded, and leave its setting as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _obstacle(base: str, adapters: Sequence[Weighted], memory: int) -> str:
@@ -48,7 +64,7 @@ def _obstacle(base: str, adapters: Sequence[Weighted], memory: int) -> str:
     adapter = adapters[0].adapter
     if any(name.startswith("initial ") for name in adapter.tensors):
         return "PEFT draws what a PiSSA-like adapter started from anew when it loads it"
-    if adapter.origin.format != "peft" or not Path(adapter.origin.path).is_dir():
+    if adapter.origin.format != "peft" or not place(adapter.origin.path).is_dir():
         return "PEFT opens folders in its own format"
     if not Path(base, "config.json").is_file():
         return "the base has no config.json"

@@ -6,9 +6,9 @@ Report (and, for factors whose rank was only known after computing, the remainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from loratool import dtypes
 from loratool.adapter import Finding
@@ -31,6 +31,12 @@ class Out(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def key(self) -> str:
+        """The tensor's name, and before it the folder of its file where the output has several."""
+        folder = self.file.rpartition("/")[0]
+        return f"{folder}:{self.name}" if folder else self.name
 
 
 class Load(Protocol):
@@ -73,9 +79,55 @@ class Unit(Protocol):
         """Do it."""
 
 
+@runtime_checkable
+class Stackable(Unit, Protocol):
+    """A unit that can be done together with others like it, in stacked tensors: many small ones keep a GPU waiting."""
+
+    @property
+    def alike(self) -> Hashable:
+        """Equal for units of one kind that fit into one batch; None for one that is always done alone."""
+
+    def run_together(self, units: Sequence[Any], load: Load, emit: Emit) -> list[Facts]:
+        """Do all of `units`, this one among them: the same as one by one, but for rounding."""
+
+
+def batches(units: Sequence[Unit], memory: int) -> list[tuple[Unit, ...]]:
+    """Compose batches of units that are alike, in the order of the plan.
+
+    They follow from the plan and `memory` (bytes) alone, not from what is free or how many workers there are: so does
+    every rounding. Each takes a quarter at most, so that some are read while others are computed.
+    """
+    found: list[list[Unit]] = []
+    filling: dict[object, list[Unit]] = {}
+    for unit in units:
+        alike = unit.alike if isinstance(unit, Stackable) else None
+        batch = filling.get((type(unit), alike)) if alike is not None else None
+        if not batch or len(batch) == _LARGEST or 4 * (unit.scratch + sum(u.scratch for u in batch)) > memory:
+            batch = filling[type(unit), alike] = []
+            found.append(batch)
+        batch.append(unit)
+    return [tuple(batch) for batch in found]
+
+
+_LARGEST = 64  # units of a batch: more gain nothing, and are done later
+
+
 def work(unit: Unit) -> int:
     """Return the bytes that a unit reads: the measure of progress."""
     return sum(ref.nbytes for ref in unit.reads)
+
+
+class Digest(NamedTuple):
+    """A field of a file's metadata that its bytes decide: the first `digits` of their SHA-256, in hexadecimal.
+
+    Of the data behind the header; or of those bytes (from, to) that the `window` shows of the file as it would be if
+    its metadata were only the fields that start with `prefix`. Until the data is written the field holds zeros.
+    """
+
+    field: str
+    digits: int = 64
+    window: tuple[int, int] | None = None
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,12 +141,15 @@ class TensorFile:
     tensors: tuple[TensorRef, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     header: bytes | None = None
+    digests: tuple[Digest, ...] = ()
 
     @classmethod
-    def new(cls, name: str, tensors: Iterable[TensorRef], metadata: Mapping[str, str]) -> TensorFile:
-        """Return a file in the order of the safetensors library: larger elements first (aligned), then by name."""
-        ordered = sorted(tensors, key=lambda ref: (-dtypes.itemsize(ref.dtype), ref.name))
-        return cls(name, tuple(ordered), metadata)
+    def new(
+        cls, name: str, tensors: Iterable[TensorRef], metadata: Mapping[str, str], digests: tuple[Digest, ...] = ()
+    ) -> TensorFile:
+        """Return a file in the order of the safetensors library: by dtype, largest elements first, then by name."""
+        ordered = sorted(tensors, key=lambda ref: (-dtypes.order(ref.dtype), ref.name))
+        return cls(name, tuple(ordered), {**metadata, **{d.field: "0" * d.digits for d in digests}}, digests=digests)
 
 
 class JsonFile(NamedTuple):

@@ -1,11 +1,11 @@
-"""The plugin manager, the registries of families and formats, and the rule for conflicts.
+"""The plugin manager, the registries of families, formats and methods, and the rule for conflicts.
 
 Every plugin of the entry-point group `loratool` is loaded on its own: one that fails is reported by name and the rest
 load. LORATOOL_PLUGINS=a,b restricts loading to those names; `-p FILE` registers one file for one call.
 
-The rule, when two architectures or formats have one name: a file given by hand beats a third-party distribution, that
-beats a built-in, and the choice is reported; of two third parties neither is used, and asking for that name is an
-error that names both. Which family a model is of is decided in loratool.detection.
+The rule, when two architectures, formats or methods have one name: a file given by hand beats a third-party
+distribution, that beats a built-in, and the choice is reported; of two third parties neither is used, and asking for
+that name is an error that names both. Which family a model is of is decided in loratool.detection.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import pluggy
 from loratool import hookspecs
 from loratool.adapter import Finding
 from loratool.architecture import Architecture
+from loratool.combining import Method
 from loratool.errors import LoratoolError, PluginError, UsageError
 from loratool.hookspecs import Format
 
@@ -35,9 +36,22 @@ GROUP = "loratool"
 BUILT_IN = "loratool"
 #: Built-in formats: name, summary, where the class is. Listed here so that `loratool formats` imports none of them.
 FORMATS = (
-    ("kohya", "loratool.formats.kohya:Kohya"),
+    ("kohya", "loratool.formats.image:ImageFormat"),
+    ("comfy", "loratool.formats.image:ImageFormat"),
+    ("diffusers", "loratool.formats.image:ImageFormat"),
+    ("ai-toolkit", "loratool.formats.image:ImageFormat"),
+    ("bfl", "loratool.formats.image:ImageFormat"),
+    ("xlabs", "loratool.formats.image:ImageFormat"),
+    ("onetrainer", "loratool.formats.image:ImageFormat"),
+    ("onetrainer-legacy", "loratool.formats.image:ImageFormat"),
+    ("lycoris", "loratool.formats.image:ImageFormat"),
     ("peft", "loratool.formats.peft:Peft"),
 )
+#: Built-in methods of combining: each is the function of that name in loratool.methods.<name>.
+METHODS = (
+    "average", "cat", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "ema", "knots", "linear",
+    "peft_linear_factors", "slerp", "svd", "ties", "ties_svd",
+)  # fmt: skip
 
 
 class Loaded(NamedTuple):
@@ -144,7 +158,8 @@ class Plugins:
         built_in: dict[str, tuple[str, Any]] = {}
         for name, place in FORMATS:
             module, _, attribute = place.partition(":")
-            built_in[name] = BUILT_IN, getattr(import_module(module), attribute)()
+            made = getattr(import_module(module), attribute)
+            built_in[name] = BUILT_IN, made(name) if attribute == "ImageFormat" else made()
         return tuple(format for _, format in self._collect("register_formats", object, built_in).values())
 
     def format(self, name: str) -> Format:
@@ -153,6 +168,29 @@ class Plugins:
         if name not in formats:
             raise UsageError(f"no format is called {name!r}", hint=f"there are {', '.join(formats)}")
         return formats[name]
+
+    def methods(self) -> tuple[Method, ...]:
+        """Every method of combining adapters."""
+        built_in = {n: (BUILT_IN, getattr(import_module(f"loratool.methods.{n}"), n)) for n in METHODS}
+        sound = []
+        for owner, found in self._collect("register_methods", Method, built_in).values():
+            try:
+                found.require_valid()
+                sound.append(found)
+            except PluginError as problem:
+                self._leave_out(owner, problem)
+        return tuple(sound)
+
+    def method(self, name: str) -> Method:
+        """The method of that name; UsageError lists what exists."""
+        methods = {m.name: m for m in self.methods()}
+        if name in self.contested:
+            raise self.contested[name]
+        if name not in methods:
+            near = ", ".join(get_close_matches(name, methods, cutoff=0.5))
+            hint = f"did you mean {near}? " if near else ""
+            raise UsageError(f"no method is called {name!r}", hint=f"{hint}there are {', '.join(methods)}")
+        return methods[name]
 
     def add_commands(self, group: click.Group) -> list[Finding]:
         """Let every plugin add its commands to `group`; return a finding for each that fails, and go on."""

@@ -23,14 +23,33 @@ class Reading(TypedDict, total=False):
     allow_pickle: bool
 
 
+class Publishing(NamedTuple):
+    """How something appears on the Hub: in which branch, as a pull request, as a new repository that only you can see.
+
+    `command` is what was typed, for the card; `licence` what the card says where nothing else tells it.
+    """
+
+    revision: str = ""
+    private: bool = False
+    create_pr: bool = False
+    message: str = ""
+    licence: str = ""
+    command: str = ""
+    dry_run: bool = False
+
+
 class Running(TypedDict, total=False):
-    """How a verb runs: only plan, replace an existing output, with which workers, device and memory."""
+    """How a verb runs: only plan, replace an existing output, with which workers, device and memory.
+
+    `publish` says how an output that is a repository on the Hub appears there.
+    """
 
     dry_run: bool
     force: bool
     resources: Resources
     progress: Progress | None
     plugins: Plugins | None
+    publish: Publishing
 
 
 class Applied(NamedTuple):
@@ -57,7 +76,7 @@ class Extracting(Ranking, Running):
 
 
 class Resizing(Ranking, Settings):
-    """What `resize` takes beside its own."""
+    """What `resize` and `combine` take beside their own."""
 
 
 def split(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -75,12 +75,14 @@ class View(NamedTuple):
     woven       E matrices (rows, n) as one (rows, n x E), the matrix changing fastest: PEFT's stacked lora_B
     padded      a matrix with columns of zeros before it (as many as `ranges` says) and behind it, up to its shape
     quantised   the values that an `encoding` gives to the stored tensors
+    scaled      a tensor times `factor`, in float32 and rounded back
     """
 
     kind: str
     of: tuple[TensorRef, ...]
     ranges: tuple[range, ...] = ()
     encoding: Encoding | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ class TensorRef:
             return inner.columns(ranges).transposed()
         if view.kind == "rows":
             return inner.take(within(view.ranges, ranges))
+        if view.kind == "scaled":
+            return inner.take(ranges).scaled(view.factor)
         stacked = all(part.shape[1:] == self.shape[1:] for part in view.of)
         if view.kind == "joined" and stacked and len(ranges) == 1 and len(ranges[0]) and ranges[0].step == 1:
             start, stop = ranges[0].start, ranges[0].stop
@@ -194,6 +198,12 @@ class TensorRef:
         if self.view is not None and self.view.kind == "transposed":
             return self.view.of[0]
         return TensorRef(self.name, self.shape[::-1], self.dtype, self.pieces, View("transposed", (self,)))
+
+    def scaled(self, factor: float) -> TensorRef:
+        """Return this tensor times a factor."""
+        if factor == 1:
+            return self
+        return TensorRef(self.name, self.shape, self.dtype, self.pieces, View("scaled", (self,), factor=factor))
 
     def panels(self, nbytes: int) -> list[tuple[int, int]]:
         """Cut the first axis into panels of about `nbytes`: (start, stop) pairs that depend on shape and dtype only.

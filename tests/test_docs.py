@@ -78,6 +78,26 @@ def test_the_family_of_the_plugin_guide_works_and_is_short(tmp_path):
     assert "model.blocks.{i}.attn.query" in run("loratool -p toy.py arch show toy", tmp_path)
 
 
+def test_the_page_on_combining_shows_what_its_commands_print(tmp_path):
+    shown = (ROOT / "docs/combine.md").read_text()
+    printed = runpy.run_path(str(ROOT / "docs/generate.py"))["worked"](shown, tmp_path)
+
+    def words(text: str) -> list[str | float]:
+        """Words and numbers; bars and what a machine rounds in its own way are left out."""
+        found: list[str | float] = []
+        for word in re.sub(r"[▁▂▃▄▅▆▇█─]+", "", text).replace(",", " ").split():
+            try:
+                found.append(float(word))
+            except ValueError:
+                found.append(word)
+        return found
+
+    assert len(printed.splitlines()) == len(shown.splitlines()), "run: python docs/generate.py"
+    for before, now in zip(shown.splitlines(), printed.splitlines(), strict=True):
+        wanted = [pytest.approx(w, rel=0.02, abs=1e-6) if isinstance(w, float) else w for w in words(before)]
+        assert words(now) == wanted
+
+
 def test_links_between_pages_lead_somewhere():
     for page in (
         "README.md",

@@ -51,7 +51,15 @@ def test_importing_loratool_is_light():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("merge", "--help"), ("arch", "list"), ("arch", "show", "llama"), ("formats",), ("plugins",)],
+    [
+        ("--help",),
+        ("merge", "--help"),
+        ("arch", "list"),
+        ("arch", "show", "llama"),
+        ("formats",),
+        ("methods",),
+        ("plugins",),
+    ],
     ids=" ".join,
 )
 def test_commands_about_the_installation_are_light(arguments):
@@ -64,6 +72,11 @@ def test_a_header_only_inspect_is_light(adapter):
 
 def test_dry_runs_are_light(adapter, tmp_path):
     assert heavy_modules(SCRIPT, "resize", adapter, "-o", tmp_path / "out", "--rank", 1, "-n") == "HEAVY []"
+
+
+def test_a_combine_dry_run_is_light(adapter, tmp_path):
+    arguments = ("combine", adapter, adapter, "-o", tmp_path / "out", "--method", "ties_svd", "-n")
+    assert heavy_modules(SCRIPT, *arguments) == "HEAVY []"
 
 
 def test_a_merge_dry_run_is_light(adapter, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import UsageError
-from loratool.storage import jsonfile
+from loratool.storage import jsonfile, location
 
 if TYPE_CHECKING:
     from loratool.settings import Applied
@@ -38,8 +38,14 @@ def _applied(entry: Any, file: Path) -> Applied:
     target, exclude = (_patterns(entry.get(name, []), name, file) for name in ("target", "exclude"))
     if not isinstance(initial, str):
         raise UsageError("init_adapter is a path", where=file)
-    paths = [file.parent / entry["path"], file.parent / initial if initial else ""]
+    paths = [_place(entry["path"], file), _place(initial, file)]
     return Applied(paths[0], float(weight), scales, target, exclude, paths[1])
+
+
+def _place(source: str, file: Path) -> str | Path:
+    """Return a source as seen from the file: a path beside it, or a name on the Hub."""
+    beside = file.parent / source
+    return source if not source or (location.is_remote(source) and not beside.exists()) else beside
 
 
 def _patterns(value: Any, name: str, file: Path) -> list[str]:

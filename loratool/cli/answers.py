@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loratool import api, testing
+from loratool import opening, testing
 from loratool.adapter import Finding
 from loratool.cli import subjects
 from loratool.errors import AmbiguityError, MismatchError
@@ -31,7 +31,7 @@ def families_of(path: str) -> Report:
     """Return the family of a model, or the families that know an adapter's names, and which others would fit."""
     subjects.require_path(path)
     if subjects.is_adapter(path):
-        adapter = api.open_adapter(path)
+        adapter = opening.open_adapter(path)
         report = Report("arch detect", {"adapter": path}, findings=_with_plugins(adapter.findings))
         report.totals = {"format": adapter.origin.format, "base_model": adapter.base_model}
         report.totals["families"] = list(adapter.families)

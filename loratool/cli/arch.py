@@ -22,8 +22,8 @@ Examples:
 """
 PRESETS = ("default", "attention", "mlp", "all-linear")
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-_taking = options.stack(options.plugin, _json)
-_reading = options.stack(options.arch, options.plugin, _json)
+_taking = options.stack(options.plugin, options.token_file, _json)
+_reading = options.stack(options.arch, options.plugin, options.token_file, _json)
 
 
 @click.group(epilog=EXAMPLES)
@@ -59,7 +59,7 @@ def list_(as_json: bool) -> None:
 
 @command.command()
 @click.argument("what", metavar="NAME|PATH")
-@click.option("--rank", "ranks", type=click.IntRange(1), multiple=True, help="Sizes of these ranks; repeatable.")
+@click.option("--rank", "ranks", type=click.IntRange(1), multiple=True, help="Sizes of these ranks, of a PATH.")
 @_reading
 def show(what: str, ranks: tuple[int, ...], arch: str, as_json: bool) -> None:
     """Show the layers of a family; or of a model, and what adapters on them weigh.
@@ -71,7 +71,7 @@ def show(what: str, ranks: tuple[int, ...], arch: str, as_json: bool) -> None:
     from loratool.operations.survey import brief, family_layers
     from loratool.plugins import installed
 
-    family = subjects.family(what)
+    family = subjects.family_alone(what, ranks)
     if family is not None:
         render.findings(installed().findings)
         if family.name != what:

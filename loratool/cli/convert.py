@@ -14,7 +14,7 @@ EXAMPLES = """
 Examples:
   loratool convert my-adapter -o my-adapter.safetensors --to kohya
   loratool convert style.safetensors -o style --to peft
-  loratool convert my-adapter -o my-adapter.safetensors --to kohya --base base
+  loratool convert my-adapter -o my-adapter.safetensors --to kohya --base base --verify
 """
 
 
@@ -24,8 +24,10 @@ Examples:
 @click.option("--to", required=True, metavar="FORMAT", help="The format to write (see `loratool formats`).")
 @options.selecting
 @click.option("--drop-unmapped", is_flag=True, help="Leave out what the format cannot hold, and say what.")
+@click.option("--verify", is_flag=True, help="Open the result again, and compare it with the source by its factors.")
 @options.base
 @options.init_adapter
+@options.strip_metadata
 @options.reading
 @options.running
 def command(adapter: str, **settings: Any) -> Report:
@@ -35,7 +37,8 @@ def command(adapter: str, **settings: Any) -> Report:
     exactly.
 
     What the target cannot hold is listed before anything is written, and needs --drop-unmapped. Where q, k and v must
-    be cut or joined by the number of heads, --base names the model; only its config.json is read.
+    be cut or joined by the number of heads, --base names the model; its config.json and its headers are read.
+    --verify says that the result is bit-exact, or the largest error of a module relative to its update.
     """
     from loratool import api
 

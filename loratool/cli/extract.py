@@ -24,6 +24,7 @@ Examples:
 @click.option("--base", required=True, metavar="PATH", help="The model that the fine-tune started from.")
 @options.writing
 @options.ranks
+@options.relative_to
 @click.option(
     "--quality",
     type=click.Choice(("fast", "balanced", "exact")),
@@ -38,7 +39,7 @@ Examples:
     type=click.Choice(("error", "skip", "save")),
     default="error",
     show_default=True,
-    help="When norms, biases or unselected modules changed too: save keeps what is no matrix whole.",
+    help="When norms, biases or unselected modules changed too: save keeps all but inner matrices whole.",
 )
 @click.option("--allow-noop", is_flag=True, help="Write an adapter of zeros where nothing changed.")
 @options.selecting
@@ -56,7 +57,9 @@ def command(tuned: str, base: str, **settings: Any) -> Report:
     floor. --budget shares a file size out so that the total error is the least.
 
     --rest save writes changed norms and biases, new heads and embeddings of another vocabulary as they are (PEFT:
-    modules_to_save and trained biases).
+    modules_to_save and trained biases); so it does with embedding and head where they are one weight in one of the two
+    models only. A retrained head or embedding that both models have is extracted at the rank, like any layer: to keep
+    it whole, leave it to the rest, by --exclude lm_head --rest save.
     """
     from loratool import api
 

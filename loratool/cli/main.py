@@ -21,8 +21,24 @@ from loratool import __version__
 from loratool.adapter import Finding
 from loratool.cli import options, render
 from loratool.errors import LoratoolError, StorageError
+from loratool.storage import location
 
-COMMANDS = ("inspect", "merge", "extract", "resize", "convert", "compare", "arch", "formats", "plugins", "demo")
+COMMANDS = (
+    "inspect",
+    "merge",
+    "combine",
+    "extract",
+    "resize",
+    "convert",
+    "compare",
+    "push",
+    "pull",
+    "arch",
+    "formats",
+    "methods",
+    "plugins",
+    "demo",
+)
 
 
 class LazyGroup(click.Group):
@@ -64,6 +80,7 @@ def cli(**_: Any) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    location.announce = render.note
     for library in ("OMP", "MKL", "OPENBLAS"):  # workers are the parallelism: pools of idle threads only spin
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -102,7 +119,7 @@ def _of_plugins() -> list[Finding]:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
-        result = cli.main(arguments, prog_name="loratool", standalone_mode=False)
+        result = cli.main(arguments, prog_name="loratool", standalone_mode=False, obj=arguments)
         return result if isinstance(result, int) else 0
     except LoratoolError as error:
         if debug:

@@ -10,7 +10,7 @@ import click
 from loratool.cli import adapter_config_file, options, render
 from loratool.errors import UsageError
 from loratool.plan import Report
-from loratool.storage import checkpoint
+from loratool.storage import checkpoint, location
 
 EXAMPLES = """
 \b
@@ -22,13 +22,8 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.argument("sources", nargs=-1, required=True, metavar="[BASE] ADAPTER...")
-@click.option("-w", "--weight", type=float, multiple=True, metavar="W", help="One for each adapter; or ADAPTER:W.")
-@click.option(
-    "--scale", multiple=True, metavar="PATTERN=W", help="A further weight for some modules: 'layers.{0-7}.**=0.5'."
-)
-@click.option("--adapter-config", metavar="FILE", help="Adapters with weights and modules of their own, as JSON.")
-@click.option("--init-adapter", default="", metavar="PATH", help="What a PiSSA, OLoRA ... adapter started from.")
+@click.argument("sources", nargs=-1, metavar="[BASE] ADAPTER...")
+@options.weighting
 @options.writing
 @options.dtype("keep")
 @click.option(
@@ -52,7 +47,6 @@ Examples:
 def command(
     sources: tuple[str, ...],
     weight: tuple[float, ...],
-    scale: tuple[str, ...],
     adapter_config: str | None,
     **settings: Any,
 ) -> Report:
@@ -61,28 +55,24 @@ def command(
     Every touched weight is W + sum of weight * scaling * up @ down, in fp32, rounded once. Everything else is copied
     byte for byte, with config, tokenizer and licence.
 
-    An --adapter-config is {"adapters": [{"path": PATH, "weight": 0.7, "target": [...], "exclude": [...], "scales":
-    {PATTERN: 0.5}, "init_adapter": PATH}, ...]}, where only the paths are needed; they are as seen from that file.
+    An --adapter-config goes with BASE alone. It is {"adapters": [{"path": PATH, "weight": 0.7, "target": [...],
+    "exclude": [...], "scales": {PATTERN: 0.5}, "init_adapter": PATH}, ...]}, where only the paths are needed; they are
+    as seen from that file.
     """
     from loratool import api
 
     settings["base_as_trained"] = settings["base_as_trained"] or ""
-    settings["scales"] = dict(_scale(text) for text in scale)
     if adapter_config:
+        hint = f"loratool merge BASE --adapter-config {adapter_config} -o {settings['out']}"
+        if not sources:
+            raise UsageError("which base model do the adapters in --adapter-config go into?", hint=hint)
         if len(sources) != 1 or weight:
-            hint = f"loratool merge BASE --adapter-config {adapter_config} -o {settings['out']}"
             raise UsageError("with --adapter-config, adapters and their weights stand in that file", hint=hint)
         return api.merge(sources[0], adapter_config_file.read(Path(adapter_config)), **settings)
+    if not sources:
+        raise UsageError("an adapter is needed", hint=f"loratool merge BASE ADAPTER -o {settings['out']}")
     base, adapters, weights = _understand(sources, weight, settings["out"], settings)
     return api.merge(base, adapters, weights=weights, **settings)
-
-
-def _scale(text: str) -> tuple[str, float]:
-    pattern, _, number = text.rpartition("=")
-    try:
-        return pattern, float(number)
-    except ValueError:
-        raise UsageError(f"{text!r} is no PATTERN=W", hint="--scale 'layers.{0-7}.**=0.5'") from None
 
 
 def _understand(
@@ -107,7 +97,7 @@ def _understand(
     if len(paths) > 1 and all(adapters):
         raise UsageError(
             "all of these are adapters, and merge puts adapters into a base model",
-            hint=f"loratool merge BASE {' '.join(sources)} -o {out}",
+            hint=f"loratool combine {' '.join(sources)} -o {out}, or loratool merge BASE {' '.join(sources)} -o {out}",
         )
     if adapters[0]:
         paths.insert(0, _named_base(paths[0], settings))
@@ -135,11 +125,11 @@ def _is_adapter(path: str, *, allow_pickle: bool) -> bool:
 
 
 def _named_base(adapter: str, settings: dict[str, Any]) -> str:
-    from loratool import api
+    from loratool import opening
 
     names = ("arch", "format", "alpha", "allow_pickle")
-    named = api.open_adapter(adapter, **{n: settings[n] for n in names}).base_model
-    if not named or not checkpoint.exists(named):
+    named = opening.open_adapter(adapter, **{n: settings[n] for n in names}).base_model
+    if not named or not (checkpoint.exists(named) or location.is_remote(named)):
         what = f"names {named!r}, which is not here" if named else "names no base model"
         raise UsageError(
             f"the adapter {what}", where=adapter, hint=f"loratool merge BASE {adapter} -o {settings['out']}"

@@ -12,8 +12,9 @@ import click
 
 from loratool.dtypes import OUTPUT_DTYPES
 from loratool.engine import Resources
-from loratool.errors import InputError
+from loratool.errors import InputError, UsageError
 from loratool.storage import checkpoint
+from loratool.storage.hub_names import is_address
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -37,7 +38,11 @@ plugin = click.option(
     help="Register a Python file as a plugin, for this call.",
 )
 out = click.option(
-    "-o", "--out", required=True, metavar="PATH", help="Where to write: a folder, or a .safetensors file."
+    "-o",
+    "--out",
+    required=True,
+    metavar="PATH",
+    help="Where to write: a folder, a .safetensors file, or hf://org/name[@branch] on the Hub.",
 )
 force = click.option("--force", is_flag=True, help="Replace an existing output, a folder as a whole, in one step.")
 dry_run = click.option("-n", "--dry-run", is_flag=True, help="Plan everything, write nothing.")
@@ -57,6 +62,23 @@ device = click.option(
 )
 workers = click.option(
     "--workers", type=click.IntRange(0), default=0, metavar="N", help="Threads; default: one a core."
+)
+
+
+def _use_token(context: click.Context, parameter: click.Parameter, file: str | None) -> None:
+    if file:
+        from loratool.storage import hub
+
+        hub.use_token_of(Path(file))
+
+
+token_file = click.option(
+    "--token-file",
+    metavar="FILE",
+    expose_value=False,
+    is_eager=True,
+    callback=_use_token,
+    help="A file with the Hub's token; else HF_TOKEN, or that of `hf auth login`.",
 )
 
 
@@ -86,9 +108,48 @@ init_adapter = click.option(
     metavar="PATH",
     help="What a PiSSA-like adapter was before training: makes it one of the original base.",
 )
+
+
+def _scales(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    found = {}
+    for value in values:
+        pattern, _, number = value.rpartition("=")
+        try:
+            found[pattern] = float(number)
+        except ValueError:
+            raise UsageError(f"{value!r} is no PATTERN=W", hint="--scale 'layers.{0-7}.**=0.5'") from None
+    return found
+
+
+weighting = stack(
+    click.option("-w", "--weight", type=float, multiple=True, metavar="W", help="One for each adapter; or ADAPTER:W."),
+    click.option(
+        "--scale",
+        "scales",
+        multiple=True,
+        metavar="PATTERN=W",
+        callback=_scales,
+        help="A further weight for some modules: 'layers.{0-7}.**=0.5'.",
+    ),
+    click.option("--adapter-config", metavar="FILE", help="Adapters with weights and modules of their own, as JSON."),
+    click.option("--init-adapter", default="", metavar="PATH", help="What a PiSSA, OLoRA ... adapter started from."),
+)
+strip_metadata = click.option(
+    "--strip-metadata",
+    is_flag=True,
+    help="Leave out what the header says of the training: captions, paths, data, seeds.",
+)
 reading = stack(arch, format_, alpha, allow_pickle)
 selecting = stack(target, exclude)
-writing = stack(out, force, dry_run)
+on_the_hub = stack(
+    click.option("--private", is_flag=True, help="On the Hub: a new repository is one that only you can see."),
+    click.option("--create-pr", is_flag=True, help="On the Hub: propose the commit as a pull request."),
+    click.option("--message", default="", metavar="TEXT", help="On the Hub: what the commit says of itself."),
+    click.option(
+        "--license", "licence", default="", metavar="NAME", help="On the Hub: the licence that the card says."
+    ),
+)
+writing = stack(out, force, dry_run, on_the_hub)
 
 
 def _size(context: click.Context, parameter: click.Parameter, value: str) -> int:
@@ -144,7 +205,7 @@ ranks = stack(
         multiple=True,
         metavar="PATTERN=N",
         callback=_rank_for,
-        help="The rank of these modules, instead of the rules; the last that matches counts.",
+        help="The rank of these modules, instead of the rules; the last that matches counts. The others need a rule.",
     ),
     click.option(
         "--budget", metavar="SIZE", callback=_budget, help="Size of the whole adapter, such as 50MB: ranks share it."
@@ -155,6 +216,14 @@ ranks = stack(
         callback=_rank,
         help="Fill all modules up to one rank with zeros; engine: the next that vLLM takes.",
     ),
+)
+relative_to = click.option(
+    "--relative-to",
+    default="",
+    metavar="MODEL",
+    help="Measure updates against the weights W of this model that they change: --error is then relative to |W|, "
+    "--ratio keeps singular values of at least |W| / X, --budget and --curve weigh squared errors by 1 / |W|^2. The "
+    "other rules do not change.",
 )
 memory = click.option(
     "--max-memory",
@@ -179,6 +248,8 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, device: str, workers: int, memory: int, **kwargs: Any) -> int:
         from loratool.cli import render
 
+        if "private" in kwargs:
+            kwargs["publish"] = _publishing(kwargs)
         style = {name: kwargs.pop(name) for name in ("as_json", "report", "quiet", "verbose", "debug")}
         if style["report"]:
             render.check_report_file(style["report"])
@@ -191,7 +262,35 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
         failed = checked and any(f.level == "error" for f in report.findings)
         return InputError.exit_code if failed else 0
 
-    return stack(device, workers, memory, plugin, _json, _report, _quiet, _verbose, _debug)(run)
+    return stack(device, workers, memory, plugin, token_file, _json, _report, _quiet, _verbose, _debug)(run)
+
+
+def _publishing(kwargs: dict[str, Any]) -> Any:
+    """Return how an output appears on the Hub, with the command as a card may show it, less folders."""
+    from loratool.settings import Publishing
+
+    words = click.get_current_context().obj or []
+    shown = [word if is_address(word) or not Path(word).exists() else Path(word).name or word for word in words]
+    names = ("private", "create_pr", "message", "licence")
+    command = f"loratool {' '.join(shown)}" if is_address(str(kwargs["out"])) else ""
+    return Publishing(**{name: kwargs.pop(name) for name in names}, command=command)
+
+
+def shown(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what shows the Report of a command that runs no units."""
+
+    @wraps(command)
+    def run(
+        *args: Any, as_json: bool, report: str | None, quiet: bool, verbose: bool, debug: bool, **kwargs: Any
+    ) -> None:
+        from loratool.cli import render
+
+        if report:
+            render.check_report_file(report)
+        done = command(*args, **kwargs)
+        render.report(done, as_json=as_json, file=report, quiet=quiet, verbose=verbose)
+
+    return stack(_json, _report, _quiet, _verbose, _debug)(run)
 
 
 def split_weight(text: str) -> tuple[str, float | None]:

@@ -35,7 +35,11 @@ _DISPENSABLE = (
     "parts", "group", "shape", "down", "up", "norms", "role", "alpha", "ranks", "rank_before", "unchanged", "count",
     "bytes", "spectrum",
 )  # fmt: skip
-_UNSHOWN = ("sigma", "tensor", "scaling", "dtype")  # in the totals, or only in --json
+_DETAILS = ("shares", "column_angles", "row_angles", "pairs")  # only in --json
+_UNSHOWN = ("sigma", "tensor", "scaling", "dtype", *_DETAILS)  # in the totals, or only in --json
+
+
+_MATRICES = ("cosines", "overlaps", "distances")
 
 
 def clean(value: object, limit: int = 500) -> str:
@@ -144,8 +148,11 @@ def report(
         rows = content.rows if verbose or content.verb != "inspect" else _grouped(content.rows)
         table(console, [_drawn(row) for row in rows], limit=None if verbose else shown)
         _curve(console, content.totals.get("curve") or [])
+        matrices = [name for name, value in content.totals.items() if name in _MATRICES and value]
+        for name in matrices:
+            _matrix(console, name, content.totals[name], list(content.sources.values()))
         for name, value in content.totals.items():
-            if value not in ("", [], {}, None) and name != "curve":
+            if value not in ("", [], {}, None) and name not in ("curve", *_DETAILS, *matrices):
                 console.print(f"{name.replace('_', ' '):<16}", style="bold", end=" ")
                 console.print(_value(name, value))
         if content.out:
@@ -177,6 +184,17 @@ def _curve(console: Console, points: list[dict[str, Any]]) -> None:
     console.print(_sparkline([p["error"] for p in points], 64))
     some = [points[n] for n in sorted({round(last * n / 7) for n in range(8)})]
     console.print(_grid(["bytes", "error"], some))
+
+
+def _matrix(console: Console, name: str, values: Sequence[Sequence[float | None]], sources: Sequence[str]) -> None:
+    """Show a number for each pair of sources; these are numbered."""
+    console.print(_spaced(name), style="bold")
+    rows = [
+        {"": f"{n} {Path(source).name}", **{str(m + 1): value for m, value in enumerate(line)}}
+        for n, (source, line) in enumerate(zip(sources, values, strict=True), 1)
+    ]
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    console.print(_grid(names, [{k: _value(name, v) for k, v in row.items()} for row in rows]))
 
 
 def findings(found: Sequence[Finding]) -> None:
@@ -269,7 +287,7 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{clean(k, 60)}={clean(v, 60)}" for k, v in list(value.items())[:6])
     if isinstance(value, float):
-        if name in ("retained", "left_out", "rounding"):
+        if name in ("retained", "left_out", "rounding", "overlap", "overlaps", "highest_overlap"):
             return f"{100 * value:.4g} %"
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else clean(value)

@@ -17,6 +17,7 @@ Examples:
   loratool resize my-adapter -o small --energy 0.99 --rank 8     (never above 8)
   loratool resize my-adapter -o small --budget 20KB --curve
   loratool resize my-adapter -o small --rank auto --pad-rank engine
+  loratool resize my-adapter -o small --ratio 3162 --relative-to base
 """
 
 
@@ -24,11 +25,13 @@ Examples:
 @click.argument("adapter")
 @options.writing
 @options.ranks
+@options.relative_to
 @click.option("--curve", is_flag=True, help="Report the whole trade of size against error.")
 @options.dtype("keep")
 @options.selecting
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave these modules out: the same as --exclude.")
 @options.init_adapter
+@options.strip_metadata
 @options.reading
 @options.running
 def command(adapter: str, **settings: Any) -> Report:
@@ -38,8 +41,9 @@ def command(adapter: str, **settings: Any) -> Report:
     every reader applies it at the same strength. Each rule is a bound from above; of several the least counts, and no
     module gets less than one rank. A rank above what is there changes nothing, and says so.
 
-    --rank auto keeps what the factors' dtype can tell from sigma_1, up to the bend of the spectrum. --budget shares a
-    file size out so that the total error is the least.
+    --rank auto keeps what the factors' dtype can tell from sigma_1, up to the bend of the spectrum; a flat spectrum has
+    none, and a warning says what that loses. --budget shares a file size out so that the total error is the least.
+    With --relative-to MODEL, --ratio 10^t is elias-gaeros' recipe fro_ckpt=1,thr=-t.
 
     AdaLoRA, LoHa, LoKr and Tucker cores become plain LoRA. Of DoRA the low-rank part is resized and the magnitude kept:
     as the norm that the magnitude is divided by is that of the base plus the low-rank part, the direction changes by

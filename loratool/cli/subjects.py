@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratool.errors import MismatchError, UsageError
 from loratool.plugins import installed
-from loratool.storage import checkpoint, jsonfile
+from loratool.storage import checkpoint, jsonfile, location
 from loratool.tensors import TensorRef, TensorSource
 
 if TYPE_CHECKING:
@@ -45,11 +45,20 @@ def family(word: str) -> Architecture | None:
     return named[0] if named else None
 
 
+def family_alone(word: str, ranks: Sequence[int]) -> Architecture | None:
+    """Return the family that a word means, as `family` does; UsageError where ranks were given, for it has no sizes."""
+    found = family(word)
+    if found is not None and ranks:
+        hint = f"loratool arch show PATH --rank {ranks[0]}"
+        raise UsageError(f"--rank is for a model: the {found.name} family alone has no sizes", hint=hint)
+    return found
+
+
 def require_path(word: str) -> None:
     """Raise UsageError, with what is near, where a word that names no family is no file or folder either."""
     if word.endswith(".py"):
         raise UsageError("a Python file is no model", where=word, hint=f"a family in it: -p {word}, then its name")
-    if Path(word).exists():
+    if location.is_remote(word) or Path(word).exists():
         return
     if "/" in word or word.endswith((".safetensors", ".json")):
         raise UsageError("no such file or folder", where=word)
@@ -66,17 +75,17 @@ def require_path(word: str) -> None:
 
 def source(path: str) -> TensorSource:
     """Open a model: a folder, a weights file, or a config.json alone, which has no tensors."""
-    place = Path(path)
+    place = location.place(path)
     config = place / "config.json" if place.is_dir() else place
     weights = place.is_dir() and any(p.suffix != ".json" for p in place.iterdir() if p.is_file())
     if config.name.endswith(".json") and not config.name.endswith(".index.json") and config.is_file() and not weights:
-        return TensorSource(path, {}, {}, jsonfile.read(config))
+        return TensorSource(location.called(path), {}, {}, jsonfile.read(config))
     return checkpoint.open_base(path)
 
 
 def is_adapter(path: str) -> bool:
     """Whether a path is an adapter: by the files in a folder, by the names in a file."""
-    if Path(path).is_dir():
+    if location.place(path).is_dir():
         return checkpoint.is_adapter_folder(path)
     opened = source(path)
     return any(f.detect(opened) for f in installed().formats())

@@ -22,6 +22,7 @@ from loratool.discovery.names import (
 )
 from loratool.discovery.patterns import Claimed, claim, is_path, rule
 from loratool.layers import Conv1D, Excluded, Experts, Layer, Linear
+from loratool.native import Named
 from loratool.patterns import split
 from loratool.tensors import module_of
 
@@ -75,7 +76,7 @@ class Assembly:
             headless=(live.base,) if live.base else (),
             tied=tied,
             tied_by_default=bool(tied),
-            kohya_prefixes={"": "lora_unet"} if image else {},
+            named={"": Named("lora_unet")} if image else {},
         )
 
     def _convert(self, conversion: Conversion) -> None:

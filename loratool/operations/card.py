@@ -1,39 +1,138 @@
-"""The model card of a merged model: what it was made of, in a form that people and the Hugging Face Hub read."""
+"""What a model card says: of a merged model, of an adapter, and how either was made; as the Hub's conventions have it.
+
+Paths of this machine stay out of it: a folder is called by its last name. base_model, its relation, library_name,
+pipeline_tag and tags are those that PEFT, diffusers' training scripts and mergekit write.
+"""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from loratool.adapter import Weighted
+from loratool.adapter import Adapter, Weighted
+from loratool.deltas import Dora
+from loratool.operations.cardfile import listed, updated
 from loratool.plan import TextFile
 from loratool.storage.checkpoint import Checkpoint
 
-_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?:@[\w./-]{1,200})?")
+_TASKS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_CLASSES = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+}
+_VIDEO = ("wan", "hunyuan_video", "ltx", "ltx2")
+#: What a report says of how good the result is.
+_FIGURES = ("ranks", "rank", "retained", "error", "distance", "rounding", "noise_floor", "delta_norm", "bytes")
 
 
 def card(base: Checkpoint, adapters: Sequence[Weighted], merged_into: str, dtype: str) -> TextFile:
-    """Return README.md. Paths of this machine stay out of it: a folder is called by its last name.
+    """Return README.md of a merged model.
 
     `merged_into` says what the base was when the deltas were added: decoded, or as trained.
     """
-    named = [str((base.config or {}).get("_name_or_path") or ""), *(a.adapter.base_model for a in adapters)]
-    hub = next((name for name in named if _HUB_NAME.fullmatch(name)), "")
-    front = [f"base_model: {json.dumps(hub)}"] if hub else []
-    front += ["tags:", "- lora", "- merged", "- loratool"]
-    lines = ["---", *front, "---", "", "# Merged model", ""]
-    lines += [f"- Base: `{_called(hub or base.path)}`{f', {merged_into}' if merged_into else ''}"]
+    named = [base.path, str((base.config or {}).get("_name_or_path") or ""), *(a.adapter.base_model for a in adapters)]
+    hub = next((_repo(name) for name in named if _is_hub(name)), "")
+    lines = [f"Base: `{called(base.path if _is_hub(base.path) else hub or base.path)}`"]
+    lines[0] += f", {merged_into}" if merged_into else ""
     for one in adapters:
         scales = "".join(f", {pattern}: x {scale:g}" for pattern, scale in one.scales)
-        lines.append(f"- Adapter: `{_called(one.adapter.origin.path)}`, weight {one.weight:g}{scales}")
+        lines.append(f"Adapter: `{called(one.adapter.origin.path)}`, weight {one.weight:g}{scales}")
     how = "the base's own dtypes" if dtype == "keep" else dtype
-    lines += [f"- Written in {how}; sums in fp32 or wider, rounded once, by loratool.", ""]
-    return TextFile("README.md", "\n".join(lines))
+    lines.append(f"Written in {how}; sums in fp32 or wider, rounded once, by loratool.")
+    sources = [_repo(a.adapter.origin.path) for a in adapters if _is_hub(a.adapter.origin.path)]
+    fields: dict[str, object] = {"base_model": [hub, *sources] if hub and sources else hub}
+    fields |= {"base_model_relation": "merge" if hub else "", "tags": ["lora", "merged", "loratool"]}
+    return TextFile("README.md", updated("", {**of_model(base), **fields}, listed(lines), "Merged model"))
 
 
-def _called(path: str) -> str:
-    """A source as a card may show it: no folders of this machine, nothing that markdown would read."""
-    name = path if _HUB_NAME.fullmatch(path) and not Path(path).exists() else Path(path).name or path
-    return re.sub(r"[^\w./ -]", "_", name)[:200]
+def of_model(model: Checkpoint) -> dict[str, object]:
+    """Return the metadata that the config of a whole model gives."""
+    config = model.config or {}
+    classes = config.get("architectures")
+    name = str(classes[0]) if isinstance(classes, list) and classes else ""
+    task = next((tag for ending, tag in _CLASSES.items() if name.endswith(ending)), "")
+    library = "transformers" if config.get("model_type") else "diffusers" if config.get("_class_name") else ""
+    return {"library_name": library, "pipeline_tag": task}
+
+
+def of_adapter(adapter: Adapter) -> dict[str, object]:
+    """Return the metadata that an adapter gives."""
+    peft, base = adapter.origin.format == "peft", _repo(adapter.base_model) if _is_hub(adapter.base_model) else ""
+    kind = str((adapter.origin.config or {}).get("task_type") or "")
+    image = not peft or (not kind and _is_image(adapter))
+    task = _TASKS.get(kind, "") if peft else ""
+    if image:
+        task = "text-to-video" if adapter.families and adapter.families[0] in _VIDEO else "text-to-image"
+    dora = any(isinstance(d, Dora) for deltas in adapter.deltas.values() for d in deltas)
+    tags = ["dora" if dora else "lora", *([f"base_model:adapter:{base}"] if base else []), "loratool"]
+    tags += ["template:sd-lora", *([task] if task else [])] if image else []
+    fields: dict[str, object] = {"base_model": base, "base_model_relation": "adapter" if base else ""}
+    return {**fields, "library_name": "diffusers" if image else "peft", "pipeline_tag": task, "tags": tags}
+
+
+def _is_image(adapter: Adapter) -> bool:
+    return any(target.component in ("unet", "transformer") for target in adapter.deltas)
+
+
+def inherited(source: Mapping[str, Any]) -> dict[str, object]:
+    """Return what the card of an adapter that another was made from has to say of it, too."""
+    names = ("instance_prompt", "widget", "license", "license_name", "license_link", "language", "datasets")
+    return {name: source[name] for name in names if source.get(name)}
+
+
+def licence(base: Mapping[str, Any]) -> dict[str, object]:
+    """Return the licence of a base as the card of what was made from it says it."""
+    return {name: base[name] for name in ("license", "license_name", "license_link") if base.get(name)}
+
+
+def made(report: Mapping[str, Any], version: str, command: str = "", digests: Mapping[str, str] | None = None) -> str:
+    """Return how something was made, by its report: command or verb, inputs with commit or SHA-256, error figures."""
+    lines = [f"Made by loratool {version}: `{_plain(command or 'loratool ' + str(report.get('verb', '')))}`"]
+    sources, totals = _mapping(report, "sources"), _mapping(report, "totals")
+    for role, source in sources.items():
+        digest = (digests or {}).get(role, "")
+        lines.append(f"{_plain(role).capitalize()}: `{called(str(source))}`{f', SHA-256 {digest}' if digest else ''}")
+    for name in _FIGURES:
+        if totals.get(name) not in (None, "", [], {}):
+            lines.append(f"{name.replace('_', ' ').capitalize()}: {_figure(totals[name])}")
+    return listed(lines)
+
+
+def _mapping(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = report.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _figure(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(_figure, value[:12])) if isinstance(value, list) else _plain(str(value))
+
+
+def _is_hub(name: str) -> bool:
+    return _HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _repo(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def called(path: str) -> str:
+    """Return a source as a card may show it: no folders of this machine, nothing that markdown would read."""
+    return _plain(path if _is_hub(path) else Path(path).name or path)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w./@:=*{}\[\], -]", "_", text)[:400]

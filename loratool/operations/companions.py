@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, Finding
 from loratool.deltas import Tokens
+from loratool.errors import MismatchError
 from loratool.operations.rebuilt import edited
 from loratool.plan import CopiedFile, JsonFile, OutFile, TensorFile
+from loratool.storage import pipeline
 from loratool.storage.checkpoint import Checkpoint, companions, is_inside, left_behind, tokenizer_files
+from loratool.storage.location import place
 from loratool.storage.quantised import without_quantisation
 
 
@@ -24,6 +28,8 @@ def companion_files(
     decoded: bool = True,
 ) -> tuple[list[OutFile], list[Finding]]:
     """Return the files beside the weights, adapted to what changed, and findings on those that stay behind."""
+    if base.components:
+        return _of_pipeline(base, weights, dtype, changes, decoded=decoded)
     files: dict[str, OutFile] = {}
     findings: list[Finding] = []
     for name in companions(base.folder):
@@ -49,9 +55,37 @@ def companion_files(
     return list(files.values()), findings
 
 
+def _of_pipeline(
+    base: Checkpoint, weights: Sequence[TensorFile], dtype: str, changes: Mapping[str, Any], *, decoded: bool
+) -> tuple[list[OutFile], list[Finding]]:
+    """Return the files of each component, and the whole of the folders in which no adapter changes anything."""
+    if changes:
+        what = f"the adapter changes the config ({', '.join(changes)}) of one of the models in this pipeline"
+        raise MismatchError(what, where=base.path, hint="merge it into the folder of that component alone")
+    files: list[OutFile] = []
+    findings: list[Finding] = []
+    for name, component in base.components.items():
+        own = [replace(f, name=f.name.removeprefix(f"{name}/")) for f in weights if f.name.startswith(f"{name}/")]
+        found, notes = companion_files(component, own, dtype, {}, (), decoded=decoded)
+        files += [_moved(file, name) for file in found]
+        findings += [n if n.where == component.path else n._replace(where=f"{name}/{n.where}") for n in notes]
+    for name in pipeline.beside(Path(base.folder), base.components):
+        if is_inside(Path(base.folder, name), Path(base.folder)):
+            files.append(CopiedFile(name, f"{base.folder}/{name}"))
+        else:
+            findings.append(Finding("warning", name, "not copied: it is a link that leads out of the base's folder"))
+    return files, findings
+
+
+def _moved(file: OutFile, folder: str) -> OutFile:
+    """Return a file in a folder of the output."""
+    name = f"{folder}/{file.name}"
+    return replace(file, name=name) if isinstance(file, TensorFile) else file._replace(name=name)
+
+
 def _config(base: Checkpoint, dtype: str, changes: Mapping[str, Any], *, decoded: bool) -> dict[str, Any]:
     config = edited(base.config or {}, changes)
-    if dtype != "keep":
+    if dtype != "keep" and "_class_name" not in config:  # diffusers' configs do not say it
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     return without_quantisation(config) if base.quantised and decoded else config
 
@@ -62,7 +96,7 @@ def _tokenizer(files: dict[str, OutFile], adapters: Sequence[Adapter], *, resize
     for folder in dict.fromkeys(a.origin.path for a in adapters):
         found = tokenizer_files(folder)
         if found:
-            files.update({name: CopiedFile(name, f"{folder}/{name}") for name in found})
+            files.update({name: CopiedFile(name, str(place(folder) / name)) for name in found})
             findings.append(Finding("info", folder, "the tokenizer is the adapter's, as the vocabulary is"))
     if not findings and resized:
         what = "the vocabulary was resized, and no tokenizer lies beside the adapter: the base's is copied"

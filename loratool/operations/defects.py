@@ -15,7 +15,22 @@ from typing import Any, NamedTuple
 
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Target
-from loratool.deltas import Boft, Delta, Dora, Ia3, LoHa, LoKr, LowRank, Replace, Taken, Tokens, Vera
+from loratool.deltas import (
+    Boft,
+    Delta,
+    Dora,
+    Glora,
+    Ia3,
+    LoHa,
+    LoKr,
+    LowRank,
+    OutputOft,
+    Replace,
+    Sparse,
+    Taken,
+    Tokens,
+    Vera,
+)
 from loratool.patterns import outline
 from loratool.plan import Emit, Facts, Load, Out
 from loratool.tensors import TensorRef
@@ -224,9 +239,13 @@ def _is_nothing(delta: Delta, counts: Sequence[Mapping[str, Any]]) -> bool:
     if isinstance(delta, (Dora, Replace, Tokens)):
         return False  # that depends on the weight
     if isinstance(delta, Ia3):
-        return _is_constant(counts[0], 1.0)
-    if isinstance(delta, Boft):
-        return _is_constant(counts[0], 0.0) and _is_constant(counts[1], 1.0)
+        return _is_constant(counts[0], 0.0 if delta.less_one else 1.0)
+    if isinstance(delta, (Boft, OutputOft)):
+        return _is_constant(counts[0], 0.0) and all(_is_constant(c, 1.0) for c in counts[1:])
+    if isinstance(delta, Glora):
+        return all(any(_is_constant(c, 0.0) for c in half) for half in (counts[:2], counts[2:]))
+    if isinstance(delta, Sparse):
+        return _is_constant(counts[1], 0.0)
     if isinstance(delta, (LowRank, LoHa, LoKr, Vera)):
         return any(_is_constant(c, 0.0) for c in counts)
     return all(_is_constant(c, 0.0) for c in counts)

@@ -100,7 +100,7 @@ class CopiedRows:
     @property
     def key(self) -> str:
         """Tensor and rows."""
-        return f"{self.out.name}[{self.row}:{self.row + self.rows.shape[0]}] copied"
+        return f"{self.out.key}[{self.row}:{self.row + self.rows.shape[0]}] copied"
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:

@@ -12,7 +12,7 @@ from loratool.architecture import Architecture
 from loratool.deltas import Delta, Dora, LowRank
 from loratool.errors import InputError, MismatchError
 from loratool.layouts import Rows
-from loratool.operations import defects, sizes
+from loratool.operations import defects, sizes, training
 from loratool.operations.recompress import dtype_of, has_factors, inner_rank
 from loratool.operations.resize import cost_of
 from loratool.plan import Emit, Facts, Load, Out, Plan, Report, Settled, Spooled, Unit
@@ -68,12 +68,15 @@ def plan(
     pairs = [(t, d) for t in adapter.targets for d in adapter.deltas[t]]
     refs = [ref for _, d in pairs for ref in d.refs]
     lora = [d for _, d in pairs if isinstance(d, LowRank)]
+    told, findings = training.told(adapter.metadata)
     report = Report(
         verb="inspect",
         totals={
             "format": adapter.origin.format,
             "families": list(adapter.families),
+            "other_readings": list(adapter.rivals),
             "base_model": adapter.base_model,
+            **told,
             "modules": len(pairs),
             "kinds": sorted({d.kind for _, d in pairs} - {"lora"}) and sorted({d.kind for _, d in pairs}),
             "ranks": sorted({d.rank for _, d in pairs if d.rank}),
@@ -86,7 +89,7 @@ def plan(
             "metadata": dict(sorted(adapter.metadata.items())),
         },
         rows=[_row(t, d, architecture) for t, d in pairs],
-        findings=[*adapter.findings, *defects.torn(adapter)],
+        findings=[*adapter.findings, *findings, *defects.torn(adapter)],
     )
     checks = defects.units(adapter) if check else ()
 

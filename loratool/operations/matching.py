@@ -19,6 +19,7 @@ from loratool.deltas import Delta, Full, Ia3, Oft, Tokens, Vera
 from loratool.errors import MismatchError
 from loratool.layers import Excluded, Experts, Layer, Matrix
 from loratool.layouts import Rows, count, runs, within
+from loratool.operations.meanings import Meanings
 from loratool.patterns import split
 from loratool.tensors import TensorRef, TensorSource, joined, module_of
 
@@ -104,24 +105,22 @@ def _places_of(
 ) -> Iterator[tuple[Target, Place]]:
     """Yield what one tensor holds: one matrix, the parts of a fused one, or the experts of a stack with their parts."""
     known = architecture.find(module_of(name))
-    if known is None or isinstance(known.layer, Excluded):
+    if known is None or isinstance(known.layer, Excluded) or architecture.ignores(name):
         return
     stacked = bool(known.axis) and len(ref.shape) > 2
-    transposed = _is_transposed(known.layer, ref, stacked, config)
+    turned = known.turned and not name.endswith(".weight")  # a parameter of its own, not the weight of a layer
+    transposed = turned != _is_transposed(known.layer, ref, stacked, config)
     for index in range(ref.shape[0]) if stacked else (0,):
         at = known.at(index) if known.axis else known
         matrix = ref.item(index) if stacked else ref
         row = index * matrix.shape[0] if stacked else 0
         whole = Place(matrix, name, row, known.layer, known.role, transposed)
-        if len(at.parts) == 1:
+        if len(at.parts) == 1 and not at.swap:
             yield Target(at.component, at.parts), whole
             continue
-        share, rest = divmod(whole.out, len(at.parts))
-        if rest:
-            raise MismatchError(f"{whole.out} rows do not divide into {', '.join(at.parts)}", where=name)
-        for n, part in enumerate(at.parts):
+        inputs = matrix.shape[0] if transposed else prod(matrix.shape[1:])
+        for part, rows in zip(at.parts, at.rows(whole.out, inputs, config), strict=True):
             role = architecture.find(part, at.component)
-            rows = (range(n * share, (n + 1) * share),)
             yield Target(at.component, (part,)), whole.part(rows, role.role if role else known.role)
 
 
@@ -154,8 +153,22 @@ def resolve(target: Target, known: Places, architecture: Architecture, config: M
             shifted = tuple(range(r.start + start, r.stop + start, r.step) for r in rows)
             slices.append(one._replace(rows=shifted))
         start += sum(one.place.out for one in found)
-    whole = len(slices) == 1
-    return [slices[0]._replace(rows=None)] if whole else slices
+    slices = [_in_one(slices)] if _is_whole(slices) else slices
+    return [slices[0]._replace(rows=None)] if len(slices) == 1 else slices
+
+
+def _is_whole(slices: Sequence[Slice]) -> bool:
+    """Whether slices are the parts, in order, of one stored matrix and all of it: then they are one again."""
+    places = [s.place for s in slices]
+    if len({(p.tensor, p.row) for p in places}) > 1 or any(p.rows is None for p in places):
+        return False
+    rows = [row for p in places for run in p.rows or () for row in run]
+    return rows == list(range(replace(places[0], rows=None).out))
+
+
+def _in_one(slices: Sequence[Slice]) -> Slice:
+    role = "+".join(s.place.role for s in slices)
+    return Slice("+".join(s.path for s in slices), replace(slices[0].place, rows=None, role=role))
 
 
 def _resolve_path(
@@ -213,43 +226,39 @@ def stitched(
     return Place(ref, name, 0, first.layer, whole.role if whole else first.role, transposed=False)
 
 
-def vector_slices(
-    target: Target, base: TensorSource, known: Places, architecture: Architecture, names: Mapping[str, str]
-) -> list[Slice]:
+def vector_slices(target: Target, known: Places, meanings: Meanings) -> list[Slice]:
     """Return where a target lies that is no matrix of the family: the bias of one, or any other tensor by its name.
 
-    `names` are the tensors of the base by `bare_name`. Empty where the base has no such tensor.
+    Empty where the base has no such tensor.
     """
-    path = target.parts[0]
-    module = path.removesuffix(".bias")
-    if module != path:
-        config = base.config or {}
-        slices = resolve(
-            Target(target.component, tuple(p.removesuffix(".bias") for p in target.parts)), known, architecture, config
-        )
-        biases = [f"{s.place.tensor.removesuffix('.weight')}.bias" for s in slices]
+    base, path = meanings.source, target.parts[0]
+    if path.endswith(".bias"):
+        whole = Target(target.component, tuple(p.removesuffix(".bias") for p in target.parts))
+        slices = resolve(whole, known, meanings.architecture, base.config or {})
+        biases = [bias_beside(s.place.tensor) for s in slices]
         if slices and all(name in base.tensors and s.place.row == 0 for s, name in zip(slices, biases, strict=True)):
             places = [
                 replace(s.place, stored=_as_column(base.tensors[name]), tensor=name, transposed=False)
                 for s, name in zip(slices, biases, strict=True)
             ]
             return [s._replace(place=place) for s, place in zip(slices, places, strict=True)]
-    name = names.get(bare_name(path, architecture)) or names.get(bare_name(f"{path}.weight", architecture))
-    if name is None or len(target.parts) > 1:
+    found = meanings.find(target.component, path)
+    if found is None or len(target.parts) > 1:
         return []
-    ref = base.tensors[name]
+    ref, rows = found
     stored = ref if len(ref.shape) > 1 else _as_column(ref)
-    return [Slice(path, Place(stored, name, 0, Layer(path), path.rpartition(".")[2], transposed=False))]
+    return [Slice(path, Place(stored, ref.name, 0, Layer(path), path.rpartition(".")[2], transposed=False, rows=rows))]
+
+
+def bias_beside(tensor: str) -> str:
+    """Return the name of the bias beside a weight; torch's fused attention has parameters of its own for both."""
+    fused = tensor.removesuffix("in_proj_weight")
+    return f"{fused}in_proj_bias" if fused != tensor else f"{tensor.removesuffix('.weight')}.bias"
 
 
 def bias_of(target: Target) -> Target:
     """Return the bias that stands beside a weight."""
     return Target(target.component, tuple(f"{part}.bias" for part in target.parts))
-
-
-def names_of(base: TensorSource, architecture: Architecture) -> dict[str, str]:
-    """Return the tensors of a base by their bare names."""
-    return {bare_name(name, architecture): name for name in base.tensors}
 
 
 def _as_column(ref: TensorRef) -> TensorRef:
@@ -264,19 +273,11 @@ def assembled(parts: Sequence[TensorRef], rows: Sequence[Rows]) -> TensorRef:
     return joined("", parts).take(runs(order))
 
 
-def bare_name(name: str, architecture: Architecture) -> str:
-    """Return a tensor name as it is on disk, less the leading element that may be absent: to compare two files."""
-    name = architecture.on_disk(name)
-    for prefixes in architecture.prefixes.values():
-        for prefix in prefixes:
-            if name.startswith(prefix):
-                return name[len(prefix) :]
-    return name
-
-
 def misfit(delta: Delta, slices: Sequence[Slice]) -> str:
     """Say how a delta does not fit the weights it updates, or nothing. A 1x1 convolution and a linear layer fit."""
     rows = sum(s.place.out for s in slices)
+    if any(s.rows is not None and not delta.stands_alone(s.rows) for s in slices):
+        return f"a {delta.kind} update of the whole, and the base has it in parts: each depends on the others"
     for place in (s.place for s in slices):
         kernel = place.stored.shape
         wanted = (rows, kernel[0], *kernel[2:]) if place.transposed else (rows, *kernel[1:])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod, sqrt
+from typing import Any
 
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Target, Weighted
@@ -56,24 +57,15 @@ def plan(
     ground = rebuilt.base
     known = known_places(ground, adapters, architecture)
     touched = match(rebuilt, adapters, known, architecture)
-    weights: list[TensorFile] = []
-    units: list[Unit] = []
-    owners: dict[str, Touched] = {}
     decoded = dtype != "keep" or as_trained or "num_hidden_layers" in rebuilt.config  # repeated layers have no codes
     codes = Codes(ground.shards) if decoded else in_own_encoding(base, ground)
     trained_on = _trained_on(ground, known, architecture) if as_trained else frozenset()
-    for shard in codes.shards:
-        name = shard.name if base.folder else out_name
-        output = Output(name, dtype, compute, rebuilt.kept_dtypes, codes, as_trained, trained_on)
-        file, shard_units = plan_shard(shard, output, touched)
-        weights.append(file)
-        units += [unit for unit, _ in shard_units]
-        owners |= {unit.key: owner for unit, owner in shard_units if owner}
-    units += _checks(rebuilt, adapters, known, architecture)
-    files: tuple[OutFile, ...] = tuple(weights)
+    output = Output("", dtype, compute, rebuilt.kept_dtypes, codes, as_trained, trained_on, architecture.ignores)
+    weights, units, owners = _shards(output, "" if base.folder else out_name, touched)
     findings = [f for a in adapters for f in (*a.adapter.findings, *_other_base(a.adapter, base))]
     findings += rebuilt.findings
     findings += _of_quantised(base, codes, as_trained)
+    files: tuple[OutFile, ...] = tuple(weights)
     if base.folder:
         beside, notes = companion_files(
             base, weights, dtype, rebuilt.config, [a.adapter for a in adapters], decoded=not codes.by_codes
@@ -81,17 +73,10 @@ def plan(
         how = summary(base.quantised) or (f"as {as_trained} makes it" if as_trained else "")
         files = (*files, *beside, card(base, adapters, how, dtype))
         findings += notes
+    of_base = summary(base.quantised) or (f"as trained: {as_trained}" if as_trained else "")
     report = Report(
         verb="merge",
-        totals={
-            "family": architecture.name,
-            "base": summary(base.quantised) or (f"as trained: {as_trained}" if as_trained else ""),
-            "modules": sum(map(len, touched.values())),
-            "replaced": sorted(rebuilt.replaced),
-            "tensors": sum(len(file.tensors) for file in weights),
-            "bytes": sum(ref.nbytes for file in weights for ref in file.tensors),
-            "dtypes": sorted({ref.dtype for file in weights for ref in file.tensors}),
-        },
+        totals={"family": architecture.name, "base": of_base, **_totals(weights, touched, rebuilt)},
         rows=[t.row for blocks in touched.values() for t in blocks.values()],
         findings=findings,
         files=[f.name for f in files],
@@ -106,11 +91,42 @@ def plan(
             )
         return Settled(report)
 
+    units += _checks(rebuilt, adapters, known, architecture)
     gone = {**rebuilt.replaced, **dict.fromkeys(made_of(base, rebuilt.replaced), "replaced")}
     spent = {} if codes.by_codes else base.spent
     inputs = [Input(base.path, base.stored or base.tensors, {**spent, **gone})]
     inputs += [Input(a.adapter.origin.path, a.adapter.tensors, a.adapter.explained) for a in adapters]
     return Plan(tuple(units), report, settle, files, not base.folder, tuple(inputs))
+
+
+def _shards(
+    output: Output, out_name: str, touched: AllTouched
+) -> tuple[list[TensorFile], list[Unit], dict[str, Touched]]:
+    """Return the weights' files, what computes them, and by the key of a unit the matrix that it is about.
+
+    `out_name` is that of a single file; the files of a folder keep theirs.
+    """
+    weights: list[TensorFile] = []
+    units: list[Unit] = []
+    owners: dict[str, Touched] = {}
+    for shard in output.codes.shards:
+        file, of_shard = plan_shard(shard, output._replace(file=out_name or shard.name), touched)
+        weights.append(file)
+        units += [unit for unit, _ in of_shard]
+        owners |= {unit.key: owner for unit, owner in of_shard if owner}
+    return weights, units, owners
+
+
+def _totals(weights: Sequence[TensorFile], touched: AllTouched, rebuilt: Rebuilt) -> dict[str, Any]:
+    """Return what is known of the whole output beforehand."""
+    tensors = [ref for file in weights for ref in file.tensors]
+    return {
+        "modules": sum(map(len, touched.values())),
+        "replaced": sorted(rebuilt.replaced),
+        "tensors": len(tensors),
+        "bytes": sum(ref.nbytes for ref in tensors),
+        "dtypes": sorted({ref.dtype for ref in tensors}),
+    }
 
 
 def samples(

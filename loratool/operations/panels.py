@@ -8,7 +8,7 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING
 
 from loratool import dtypes
-from loratool.deltas import Boft, Delta, Dora, Full, LowRank, Oft, Taken, Term
+from loratool.deltas import Dora, Full, LowRank, Taken, Term
 from loratool.encodings import Scaled, Transposed4Bit
 from loratool.errors import InputError
 from loratool.plan import Emit, Facts, Load, Out
@@ -45,7 +45,7 @@ class MergePanel:
     @property
     def key(self) -> str:
         """Tensor and rows."""
-        return f"{self.out.name}[{self.row + self.start}:{self.row + self.stop}]"
+        return f"{self.out.key}[{self.row + self.start}:{self.row + self.stop}]"
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:
@@ -112,8 +112,8 @@ class MergePanel:
 
     def tiles(self) -> list[tuple[int, int]]:
         """Cut the panel, from its first row on."""
-        if self.transposed and any(isinstance(_whole(t.delta), (Oft, Boft)) for t in self.terms):
-            return [(0, self.stop - self.start)]  # rotations of the inputs, which are the rows here
+        if in_one_tile(self.terms, self.transposed):
+            return [(0, self.stop - self.start)]
         return self.weight.rows(self.start, self.stop).panels(TILE)
 
 
@@ -121,14 +121,16 @@ def _is_plain(term: Term) -> bool:
     return isinstance(term.delta, LowRank)
 
 
-def _whole(delta: Delta) -> Delta:
-    return delta.of if isinstance(delta, Taken) else delta
-
-
 def panels_of(weight: TensorRef, terms: Sequence[Term], *, transposed: bool) -> list[tuple[int, int]]:
     """Cut a matrix into units; one whose norms or rotations run along the cut ones stays whole."""
-    whole = transposed and any(isinstance(_whole(t.delta), (Dora, Oft, Boft)) for t in terms)
+    whole = any(t.delta.mixes(outputs=not transposed) for t in terms)
     return [(0, weight.shape[0])] if whole else weight.panels(PANEL)
+
+
+def in_one_tile(terms: Sequence[Term], transposed: bool) -> bool:
+    """Whether some delta takes all rows of the stored matrix at once: norms alone could be surveyed beforehand."""
+    mixing = [t.delta for t in terms if t.delta.mixes(outputs=not transposed)]
+    return any(not isinstance(d.of if isinstance(d, Taken) else d, Dora) for d in mixing)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class RequantisedPanel:
     @property
     def key(self) -> str:
         """Tensor and rows."""
-        return f"{self.codes.name}[{self.code_row}:]"
+        return f"{self.codes.key}[{self.code_row}:]"
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:
@@ -198,6 +200,7 @@ def requantised_panels(matrix: MergePanel, codes: Out, scales: Out) -> list[Requ
     assert isinstance(encoding, Scaled)
     height, grid = encoding.tile[0], -(-rows // encoding.tile[0])
     step = max(PANEL // (2 * columns) // height, 1) * height
+    step = rows if in_one_tile(matrix.terms, matrix.transposed) else step
     which = matrix.row // rows
     return [
         RequantisedPanel(

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Target, Weighted
 from loratool.architecture import Architecture
-from loratool.deltas import Boft, Delta, Dora, Ia3, Oft, Replace, Tokens
+from loratool.deltas import Delta, Dora, Replace, Tokens
 from loratool.errors import MismatchError
 from loratool.operations.complete import HEADS, within
-from loratool.operations.matching import Slice, names_of, places, resolve, tied_partner, vector_slices
+from loratool.operations.matching import Slice, places, resolve, tied_partner, vector_slices
+from loratool.operations.meanings import Meanings
 from loratool.storage.checkpoint import Checkpoint
 from loratool.storage.safetensors import Header
 from loratool.tensors import TensorRef
 
-_OF_THE_WEIGHT = (Dora, Ia3, Oft, Boft)  # kinds whose dW depends on W
 _NUMBER = re.compile(r"(?P<before>.*?)\.(?P<layer>\d{1,6})\.(?P<after>.+)")
 
 
@@ -308,18 +308,17 @@ def _put_in_place(result: Rebuilt, n: int, weighted: Weighted, others: Sequence[
     Where another adapter's delta depends on the original weight (DoRA ...), that stays, and the merge replaces it.
     """
     adapter = weighted.adapter
-    known, names = places(result.base, result.architecture), names_of(result.base, result.architecture)
+    known, meanings = places(result.base, result.architecture), Meanings(result.base, result.architecture)
     before = result.base.tensors
     for target in adapter.targets:
         deltas = adapter.deltas[target]
         if len(deltas) != 1 or not isinstance(deltas[0], Replace) or weighted.of(target) != 1:
             continue
         ref = deltas[0].value
-        if any(isinstance(d, _OF_THE_WEIGHT) for other in others for d in other.deltas.get(target, ())):
+        if any(d.of_weight for other in others for d in other.deltas.get(target, ())):
             continue
-        slices = resolve(target, known, result.architecture, result.base.config or {}) or vector_slices(
-            target, result.base, known, result.architecture, names
-        )
+        slices = resolve(target, known, result.architecture, result.base.config or {})
+        slices = slices or vector_slices(target, known, meanings)
         if slices:
             _replace_whole(result, n, target, slices, adapter)
         elif _is_new(adapter, target, before):

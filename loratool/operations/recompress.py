@@ -9,7 +9,7 @@ part is recompressed and the magnitude stays.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from loratool.adapter import Adapter, Target
 from loratool.architecture import Architecture
 from loratool.deltas import Delta, Dora, Full, LoHa, LoKr, LowRank, Replace, Taken, Tokens
 from loratool.errors import InputError, MismatchError
+from loratool.operations import relative
 from loratool.operations.ranks import Rule
 from loratool.plan import Emit, Facts, Load, Out, Spooled
 from loratool.tensors import TensorRef
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from loratool.algebra.lowrank import Factored
 
 _WHOLE = (Full, Replace, Tokens)  # they have no factors: what they hold is kept as it is
-_NO_FACTORS = "depends on the weight that it changes, or on matrices that all modules share"
+_NO_FACTORS = "depends on the weight that it changes, shares matrices with all modules, or is made of single entries"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ResizeModule:
     deltas: tuple[Delta, ...]
     rule: Rule
     dtype: str
+    against: tuple[TensorRef, ...] = ()
 
     @property
     def key(self) -> str:
@@ -47,6 +49,11 @@ class ResizeModule:
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:
+        """All factors, and the base's weight that they are measured against."""
+        return *self.factors, *self.against
+
+    @property
+    def factors(self) -> tuple[TensorRef, ...]:
         """All factors."""
         return tuple(dict.fromkeys(ref for d in self.deltas for ref in d.refs))
 
@@ -69,32 +76,64 @@ class ResizeModule:
     def scratch(self) -> int:
         """All factors in fp64, four times over."""
         rank = sum(map(inner_rank, self.deltas))
-        return 32 * rank * (self.shape[0] + prod(self.shape[1:])) + sum(r.held for r in self.reads)
+        return 32 * rank * (self.shape[0] + prod(self.shape[1:])) + sum(r.held for r in self.factors)
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Factorise, choose the rank, write the factors, measure what they lose."""
+        return self._finished(*_decomposed(self.deltas, load, self.outs[0].shape[0]), load, emit)
+
+    @property
+    def alike(self) -> tuple[int, ...] | None:
+        """(out, in x kernel, rank of the factors, rank of the result); None where only the values tell the second."""
+        if any(_innermost(d).kind == "lokr" for d in self.deltas):
+            return None
+        columns, inner = prod(self.shape[1:]), sum(map(inner_rank, self.deltas))
+        return self.shape[0], columns, inner, self.outs[0].shape[0]
+
+    def run_together(self, units: Sequence[ResizeModule], load: Load, emit: Emit) -> list[Facts]:
+        """Do the same for several modules, whose factors are stacked."""
+        import torch
+
+        from loratool.algebra import batched
+
+        ups, downs = (torch.stack(side) for side in zip(*(_sum_of(u.deltas, load) for u in units), strict=True))
+        svds = batched.compress(ups, downs, self.outs[0].shape[0])
+        every = zip(units, svds, ups, downs, strict=True)
+        return [unit._finished(svd, svd.sigma, (up, down), load, emit) for unit, svd, up, down in every]
+
+    def _finished(
+        self,
+        svd: Factored,
+        sigma: torch.Tensor,
+        factors: tuple[torch.Tensor, torch.Tensor] | None,
+        load: Load,
+        emit: Emit,
+    ) -> Facts:
+        """Choose the rank, write the factors, measure what they lose; arguments are as `_decomposed` returns them."""
         import torch
 
         from loratool.algebra import lowrank, rank
 
-        narrow = getattr(torch, dtypes.torch_name(self.dtype))
-        bound = self.outs[0].shape[0]
-        svd, sigma, factors = _decomposed(self.deltas, load, bound, self.key)
+        narrow, bound, sigma = getattr(torch, dtypes.torch_name(self.dtype)), self.outs[0].shape[0], sigma.cpu()
+        if not bool(torch.isfinite(sigma).all()):
+            raise InputError("the factors hold NaN or infinity", where=self.key)
+        base_norm = relative.norm(self.against, load, self.key)
         keep = self.rule.choose(
             sigma,
             auto=lambda s, _: rank.auto(s, torch.finfo(narrow).eps),
             size=min(self.shape[0], prod(self.shape[1:])),
             scaling=getattr(self.deltas[0], "scaling", 1.0),
+            base_norm=base_norm,
         )
         keep = max(1, min(keep, bound, len(svd.sigma)))
         exact = svd.balanced(keep)
         emit_factors(self.outs, *exact, emit)
         residual = float(sigma[keep:].square().sum())
         facts = {"rank": keep, "total": float(sigma.square().sum()), "residual": residual, "sigma": sigma.tolist()}
+        facts["base_norm"] = base_norm
         if torch.finfo(narrow).bits < 32:  # rounding the factors costs more than a truncation may
-            rounded = tuple(factor.to(narrow).double() for factor in exact)
-            difference = lowrank.add([(*(factors or exact), 1.0), (rounded[0], rounded[1], -1.0)])
-            error = float(lowrank.singular_values(*difference).square().sum())
+            up, down = (factor.to(narrow).double() for factor in exact)
+            error = lowrank.squared_distance(factors or exact, (up, down))
             facts["residual"] = error if factors else residual + error
         return facts
 
@@ -104,46 +143,47 @@ def spectrum(deltas: Sequence[Delta], load: Load) -> torch.Tensor:
     from loratool.algebra import lowrank
 
     if len(deltas) == 1 and isinstance(deltas[0], LoKr):
-        return _decomposed(deltas, load, 1, deltas[0].name)[1]
-    pairs = [_factors(d, load) for d in deltas]
-    return lowrank.singular_values(*lowrank.add([(up, down, 1.0) for up, down in pairs]))
+        return _decomposed(deltas, load, 1)[1]
+    return lowrank.singular_values(*_sum_of(deltas, load))
+
+
+def _sum_of(deltas: Sequence[Delta], load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return up (out, R) and down (R, in x kernel) of all deltas of a module together, in fp64."""
+    from loratool.algebra import lowrank
+
+    return lowrank.add([(*factors_of(d, load), 1.0) for d in deltas])
 
 
 def _decomposed(
-    deltas: Sequence[Delta], load: Load, bound: int, where: str
+    deltas: Sequence[Delta], load: Load, bound: int
 ) -> tuple[Factored, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """Return the SVD of the sum of deltas, all its singular values, and its factors in fp64 where those are small.
 
     A Kronecker product may have as many singular values as the weight: only `bound` of its triplets are formed.
     """
-    import torch
-
     from loratool.algebra import lowrank
 
     if len(deltas) == 1 and isinstance(deltas[0], LoKr) and not deltas[0].on_last:
         one, two = _kronecker_pair(deltas[0], load)
         sigma = (one.sigma[:, None] * two.sigma).flatten().sort(descending=True).values
         return lowrank.kronecker(one, two, bound), sigma, None
-    pairs = [_factors(d, load) for d in deltas]
-    up, down = lowrank.add([(up, down, 1.0) for up, down in pairs])
-    svd = lowrank.compress(up, down)
-    if not bool(torch.isfinite(svd.sigma).all()):
-        raise InputError("the factors hold NaN or infinity", where=where)
+    up, down = _sum_of(deltas, load)
+    svd = lowrank.compress(up, down, bound)
     return svd, svd.sigma, (up, down)
 
 
-def _factors(delta: Delta, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_of(delta: Delta, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
     """Return up (out, r) and down (r, in x kernel) in fp64, the scaling in up."""
     from loratool.algebra import kinds, lowrank
 
     if isinstance(delta, Taken):
-        up, down = _factors(delta.of, load)
+        up, down = factors_of(delta.of, load)
         return up[[row for run in delta.rows for row in run]], down
     if isinstance(delta, Dora):
-        return _factors(delta.inner, load)
+        return factors_of(delta.inner, load)
     if isinstance(delta, LoKr):
         return _kronecker(delta, load)
-    tensors = [_finite(ref, load) for ref in delta.refs]
+    tensors = [finite(ref, load) for ref in delta.refs]
     if isinstance(delta, LoHa):
         w1_a, w1_b, w2_a, w2_b, *cores = (t.double() for t in tensors)
         if cores:
@@ -152,7 +192,7 @@ def _factors(delta: Delta, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
         up, down = lowrank.hadamard_factors(w1_a, w1_b, w2_a, w2_b)
     else:
         assert isinstance(delta, LowRank)
-        up, down = kinds.lora_factors(delta, tensors)
+        up, down = kinds.lora_factors(delta, [t.double() for t in tensors])
     return up.double() * delta.scaling, down.double()
 
 
@@ -160,7 +200,7 @@ def _kronecker_pair(delta: LoKr, load: Load) -> tuple[Factored, Factored]:
     """Return the SVDs of w1, with the scaling, and of w2 (out2, in2 x kernel)."""
     from loratool.algebra import kinds, lowrank
 
-    w1, w2 = kinds.kronecker_pair(delta, [_finite(ref, load).double() for ref in delta.refs])
+    w1, w2 = kinds.kronecker_pair(delta, [finite(ref, load).double() for ref in delta.refs])
     return lowrank.small_svd(w1 * delta.scaling), lowrank.small_svd(w2.flatten(1))
 
 
@@ -171,13 +211,14 @@ def _kronecker(delta: LoKr, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
 
     if not delta.on_last:
         return lowrank.kronecker_factors(*_kronecker_pair(delta, load))
-    w1, w2 = kinds.kronecker_pair(delta, [_finite(ref, load).double() for ref in delta.refs])
+    w1, w2 = kinds.kronecker_pair(delta, [finite(ref, load).double() for ref in delta.refs])
     whole = torch.kron(w1[None], w2.contiguous()).reshape(delta.shape[0], -1)  # (out, in x kernel)
     U, S, Vh = lowrank.small_svd(whole * delta.scaling)
     return U * S, Vh
 
 
-def _finite(ref: TensorRef, load: Load) -> torch.Tensor:
+def finite(ref: TensorRef, load: Load) -> torch.Tensor:
+    """Load a tensor; InputError names it where it holds NaN or infinity."""
     from loratool.algebra.deltas import is_finite
 
     tensor = load(ref)
@@ -190,6 +231,8 @@ def inner_rank(delta: Delta) -> int:
     """Return the largest rank that a delta's factors give it, whatever is in them."""
     if isinstance(delta, Taken):
         return inner_rank(delta.of)
+    if isinstance(delta, Dora):
+        return inner_rank(delta.inner)
     if isinstance(delta, LoHa):
         return delta.rank**2
     if isinstance(delta, LoKr):
@@ -198,6 +241,13 @@ def inner_rank(delta: Delta) -> int:
         rows, columns = out // out1, prod(rest) // in1
         return r1 * min(rows, columns, delta.w2[-1].shape[0] if len(delta.w2) == 2 and not delta.on_last else rows)
     return delta.rank
+
+
+def _innermost(delta: Delta) -> Delta:
+    """Return what the factors of a delta are made of: that of which it takes rows, the low-rank part of DoRA."""
+    if isinstance(delta, Taken):
+        return _innermost(delta.of)
+    return _innermost(delta.inner) if isinstance(delta, Dora) else delta
 
 
 def _matrix(factors: Sequence[TensorRef]) -> tuple[int, int]:
@@ -241,7 +291,8 @@ def recompressible(
                 "DoRA and another delta on one module: no adapter can hold their sum", where=str(target), hint=_MERGE
             )
         known = architecture.find(target.parts[0], target.component) if architecture else None
-        hidden = any(isinstance(d, (LoHa, LoKr)) and len(d.shape) == 2 for d in products)
+        inner = [d.inner if isinstance(d, Dora) else d for d in products]
+        hidden = any(isinstance(d, (LoHa, LoKr)) and len(d.shape) == 2 for d in inner)
         if known and known.layer.kind.startswith("conv") and hidden:
             what = f"a {products[0].kind} delta of a convolution, whose factors do not show its kernel"
             raise MismatchError(what, where=str(target), hint=_MERGE)
@@ -271,7 +322,7 @@ def dtype_of(deltas: Iterable[Delta]) -> str:
 def rebuilt(deltas: Sequence[Delta], factors: LowRank) -> Delta:
     """Return what takes the place of deltas of one module, given their new factors: DoRA keeps its magnitude."""
     (first, *_) = deltas
-    return Dora(factors, first.magnitude) if isinstance(first, Dora) else factors
+    return replace(first, inner=factors) if isinstance(first, Dora) else factors
 
 
 @dataclass(frozen=True)
@@ -306,7 +357,7 @@ class ScaleBias:
         """Multiply."""
         import torch
 
-        value = _finite(self.delta.value, load).double() * self.delta.scaling
+        value = finite(self.delta.value, load).double() * self.delta.scaling
         emit(self.outs[0], 0, value.to(getattr(torch, dtypes.torch_name(self.dtype))))
         return {}
 

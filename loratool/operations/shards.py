@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -18,7 +18,10 @@ from loratool.tensors import TensorRef
 
 
 class Output(NamedTuple):
-    """A file of the output, and what the options say of all: dtypes, and what "keep" is for new tensors; encodings."""
+    """A file of the output, and what the options say of all: dtypes, and what "keep" is for new tensors; encodings.
+
+    `untouched` says of a tensor that it stays as it is: the VAE's in a checkpoint of one file.
+    """
 
     file: str
     dtype: str
@@ -27,11 +30,13 @@ class Output(NamedTuple):
     codes: Codes
     as_trained: str
     trained_on: frozenset[str]
+    untouched: Callable[[str], bool]
 
     def wanted(self, ref: TensorRef) -> str:
         """Return the dtype that a tensor gets."""
         kept = self.kept_dtypes.get(ref.name, ref.dtype)
-        return dtypes.from_torch_name(self.dtype) if self.dtype != "keep" and dtypes.is_float(kept) else kept
+        converted = self.dtype != "keep" and dtypes.is_float(kept) and not self.untouched(ref.name)
+        return dtypes.from_torch_name(self.dtype) if converted else kept
 
     def simulated(self, ref: TensorRef) -> str:
         """Return what a tensor was quantised to while the adapter was trained, or nothing."""
@@ -49,24 +54,27 @@ def plan_shard(shard: Shard, output: Output, touched: AllTouched) -> tuple[Tenso
         logical = output.codes.by_codes.get(ref.name) or output.codes.by_scales.get(ref.name)
         wanted = output.wanted(ref)
         blocks = touched.get(logical.name if logical else ref.name, {})
+        name = shard.stored(ref.name)
         if logical and not blocks:
-            refs.append(ref)
+            refs.append(ref.renamed(name))
         elif logical:
-            refs.append(TensorRef(ref.name, ref.shape, ref.dtype))
+            refs.append(TensorRef(name, ref.shape, ref.dtype))
             if ref.name in output.codes.by_codes:
-                units += _encoded_units(logical, ref, output, blocks)
+                units += _encoded_units(logical, ref, output, blocks, shard)
         elif not blocks and wanted == ref.dtype and ref.view is None and not output.simulated(ref):
-            refs.append(ref)
+            refs.append(ref.renamed(name))
         else:
-            refs.append(TensorRef(ref.name, ref.shape, wanted))
-            units += _panels(ref, output, wanted, blocks)
+            refs.append(TensorRef(name, ref.shape, wanted))
+            units += _panels(ref, name, output, wanted, blocks)
     header = shard.header
     same = all(new.dtype == old.dtype for new, old in zip(refs, header.tensors, strict=True)) and header.raw
     file = TensorFile(output.file, tuple(refs), header.metadata, header.raw if same else None)
     return file, units
 
 
-def _encoded_units(logical: TensorRef, ref: TensorRef, output: Output, blocks: Mapping[int, Touched]) -> Units:
+def _encoded_units(
+    logical: TensorRef, ref: TensorRef, output: Output, blocks: Mapping[int, Touched], shard: Shard
+) -> Units:
     """Return the units of a touched tensor that is written in the base's own encoding."""
     scales = next(name for name, of in output.codes.by_scales.items() if of is logical)
     stored = next(r for shard in output.codes.shards for r in shard.header.tensors if r.name == scales)
@@ -83,12 +91,13 @@ def _encoded_units(logical: TensorRef, ref: TensorRef, output: Output, blocks: M
         )
         for row, t in blocks.items()
     }
-    made = encoded_units(logical, matrices, output.file, ref, stored)
+    codes, scale = (one.renamed(shard.stored(one.name)) for one in (ref, stored))
+    made = encoded_units(logical, matrices, output.file, codes, scale)
     return [(unit, blocks[row] if row is not None else None) for unit, row in made]
 
 
-def _panels(ref: TensorRef, output: Output, dtype: str, blocks: Mapping[int, Touched]) -> Units:
-    """Cut a tensor into units: each matrix that is touched, and the rows between them."""
+def _panels(ref: TensorRef, name: str, output: Output, dtype: str, blocks: Mapping[int, Touched]) -> Units:
+    """Cut a tensor, `name` in the output, into units: each matrix that is touched, and the rows between them."""
     if len(ref.shape) < 2:  # a vector is one column
         flat = replace(ref, shape=(prod(ref.shape), 1))
     elif not blocks:
@@ -96,7 +105,7 @@ def _panels(ref: TensorRef, output: Output, dtype: str, blocks: Mapping[int, Tou
     else:  # the experts of a stack lie one below the other
         stored = next(t.place.stored for t in blocks.values())
         flat = replace(ref, shape=(prod(ref.shape[: 1 - len(stored.shape) or None]), *stored.shape[1:]))
-    out = Out(output.file, ref.name, flat.shape, dtype)
+    out = Out(output.file, name, flat.shape, dtype)
     ends = {row: row + t.place.stored.shape[0] for row, t in blocks.items()}
     simulated = output.simulated(ref)
     units: Units = []

@@ -120,7 +120,7 @@ def size_of(files: Sequence[OutFile]) -> int:
     for file in files:
         if isinstance(file, TensorFile):
             infos = [ref.info for ref in file.tensors]
-            header = safetensors.make_header(infos, file.metadata)
+            header = safetensors.make_header(infos, file.metadata or None)
             total += len(header) + sum(info.nbytes for info in infos)
         elif isinstance(file, JsonFile):
             total += len(jsonfile.dump(file.content))
@@ -168,8 +168,8 @@ def check_pad(wanted: int | str | None, budget: int | None) -> None:
 
 def padded_to(delta: Delta, rank: int) -> Delta:
     """Return the same delta with zeros up to a rank."""
-    if isinstance(delta, Dora):
-        return Dora(_padded(delta.inner, rank), delta.magnitude)
+    if isinstance(delta, Dora) and isinstance(delta.inner, LowRank):
+        return replace(delta, inner=_padded(delta.inner, rank))
     return _padded(delta, rank) if isinstance(delta, LowRank) else delta
 
 

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from loratool import expressions, layouts
 from loratool.adapter import Finding
-from loratool.architecture import Architecture, Known
+from loratool.architecture import Architecture
 from loratool.errors import MismatchError
 from loratool.layers import Excluded, Experts, Layer
 from loratool.patterns import Lexicon, Skeleton, parse_rule, selects, split
+from loratool.readings import Known
 from loratool.tensors import module_of
 
 Shapes = Mapping[str, tuple[int, ...]]

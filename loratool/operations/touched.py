@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from loratool import dtypes
 from loratool.adapter import Target, Weighted
 from loratool.architecture import Architecture
-from loratool.deltas import Boft, Delta, Ia3, LoHa, LoKr, Oft, Replace, Term, Tokens
+from loratool.deltas import Boft, Delta, Glora, Ia3, LoHa, LoKr, Oft, OutputOft, Replace, Term, Tokens
 from loratool.errors import MismatchError
 from loratool.layers import Excluded, Matrix
 from loratool.operations.complete import require_complete
@@ -19,9 +19,9 @@ from loratool.operations.matching import (
     Place,
     Places,
     Slice,
+    bias_beside,
     bias_of,
     misfit,
-    names_of,
     oriented,
     places,
     resolve,
@@ -29,8 +29,10 @@ from loratool.operations.matching import (
     tied_partner,
     vector_slices,
 )
+from loratool.operations.meanings import Meanings
 from loratool.operations.rebuilt import Rebuilt
 from loratool.storage.checkpoint import Checkpoint
+from loratool.storage.location import name_in_configs
 
 
 class Touched(NamedTuple):
@@ -63,7 +65,7 @@ def known_places(base: Checkpoint, adapters: Sequence[Weighted], architecture: A
     known = places(base, architecture)
     if not any(isinstance(layer, Matrix) for layer in architecture.layers):
         return known
-    linear = (LoHa, LoKr, Oft, Boft)  # never on weights that are stored (in, out)
+    linear = (LoHa, LoKr, Glora, Oft, Boft, OutputOft)  # never on weights that are stored (in, out)
     deltas = [(t, d) for a in adapters for t, ds in a.adapter.deltas.items() for d in ds if not isinstance(d, linear)]
     wanted = {t: d.matrix_shape for t, d in deltas if not d.as_stored and not _is_of_attention(t, base)}
     return oriented(known, wanted, str((base.config or {}).get("model_type") or base.path))
@@ -77,7 +79,7 @@ def _is_of_attention(target: Target, base: Checkpoint) -> bool:
 def match(rebuilt: Rebuilt, adapters: Sequence[Weighted], known: Places, architecture: Architecture) -> AllTouched:
     """Return every matrix that is touched; raise MismatchError that lists every misfit."""
     base = rebuilt.base
-    names = names_of(base, architecture)
+    meanings = Meanings(base, architecture)
     touched: AllTouched = {}
     problems: list[str] = []
     for n, weighted in enumerate(adapters):
@@ -91,7 +93,7 @@ def match(rebuilt: Rebuilt, adapters: Sequence[Weighted], known: Places, archite
             slices = resolve(target, known, architecture, base.config or {})
             as_stored = all(d.as_stored for d in deltas)  # others need to know what lies how
             if not slices and (as_stored or target.parts[0].endswith(".in_proj_weight")):  # torch's attention is known
-                slices = vector_slices(target, base, known, architecture, names)
+                slices = vector_slices(target, known, meanings)
             if not slices:
                 problems.append(
                     f"{target}: the base has no such module{_why_missing(target, known, base, architecture)}"
@@ -138,10 +140,10 @@ def _touch(
 def _scaled_biases(
     touched: AllTouched, slices: Sequence[Slice], target: Target, terms: tuple[Sequence[Delta], float], base: Checkpoint
 ) -> list[str]:
-    """Enter (IA)^3 factors of outputs at the biases too: what is scaled is all that a layer gives."""
+    """Enter PEFT's (IA)^3 factors of outputs at the biases too: what is scaled is all that a layer gives."""
     deltas, weight = terms
-    factors = [d for d in deltas if isinstance(d, Ia3) and not d.of_inputs]
-    names = [f"{s.place.tensor.removesuffix('.weight')}.bias" for s in slices]
+    factors = [d for d in deltas if isinstance(d, Ia3) and not (d.of_inputs or d.less_one)]
+    names = [bias_beside(s.place.tensor) for s in slices]
     if not factors or not any(name in base.tensors for name in names):
         return []
     if not all(name in base.tensors and s.place.row == 0 for s, name in zip(slices, names, strict=True)):
@@ -195,4 +197,4 @@ def _why_missing(target: Target, known: Places, base: Checkpoint, architecture: 
 
 def is_base(named: str, given: str) -> bool:
     """Whether the base that an adapter names can be the one that was given: the same place, or the same last name."""
-    return Path(named).name == Path(given).resolve().name
+    return Path(named).name in (Path(given).resolve().name, Path(name_in_configs(given)).name)

@@ -15,7 +15,8 @@ from loratool.adapter import Finding
 from loratool.architecture import Architecture
 from loratool.errors import MismatchError
 from loratool.operations.extract import same_bytes
-from loratool.operations.matching import bare_name, places, stitched
+from loratool.operations.matching import places, stitched
+from loratool.operations.meanings import Meanings
 from loratool.plan import Emit, Facts, Load, Out, Plan, Report, Settled, Spooled
 from loratool.tensors import TensorRef, TensorSource
 
@@ -103,14 +104,15 @@ Pairs = dict[str, tuple[TensorRef, TensorRef]]
 
 def _pair(model: TensorSource, base: TensorSource, architecture: Architecture) -> tuple[Pairs, list[Finding]]:
     """Pair tensors by name, the rest as the family places them; findings name what only one of the two has."""
-    by_name = {bare_name(name, architecture): ref for name, ref in base.tensors.items()}
+    mine, theirs = Meanings(model, architecture), Meanings(base, architecture)
     pairs: Pairs = {}
-    for name, ref in model.tensors.items():
-        other = by_name.pop(bare_name(name, architecture), None)
-        if other is not None:
-            pairs[name] = ref, other
-    left = {ref.name for ref in by_name.values()}
-    alone = [name for name in model.tensors if name not in pairs]
+    left, alone = set(base.tensors), []
+    for name in model.tensors:
+        found = mine.counterparts(name, theirs)
+        names = [name] if len(found) == 1 else [bare for bare, _ in mine.parts(name)]
+        pairs |= dict(zip(names, found, strict=True)) if found else {}
+        left -= {other.name for _, other in found}
+        alone += [] if found else [name]
     if left and alone:
         placed = list(_placed(model, base, architecture, set(alone), left))
         pairs |= {name: (new, old) for name, new, old, _ in placed}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from loratool import dtypes
 from loratool.deltas import Term
 from loratool.errors import LoratoolError
-from loratool.operations.panels import TILE
+from loratool.operations.panels import TILE, in_one_tile
 from loratool.plan import Emit, Facts, Load, Out, Plan, Report, Settled, Spooled, Unit
 from loratool.tensors import TensorRef
 
@@ -66,7 +66,7 @@ class SampledRows:
 
         wide = torch.float64
         parts = [Part(t, dense(t.delta, load, wide, transposed=self.transposed), self.weight.shape) for t in self.terms]
-        for part in parts if self.transposed else ():
+        for part in parts:
             tiles = self.weight.panels(TILE)
             part.survey((load(self.weight.rows(a, b)).to(wide).flatten(1), a) for a, b in tiles)
         worst, elements = 0.0, 0
@@ -85,8 +85,7 @@ class SampledRows:
     def _stretches(self) -> list[tuple[int, int]]:
         """Return the first, the last and some other rows, chosen by the tensor's name; all of a rotated matrix."""
         rows = self.weight.shape[0]
-        rotated = any(t.delta.kind in ("oft", "boft") for t in self.terms)
-        if rows <= STRETCHES * ROWS or (self.transposed and (rotated or self.encoded)):
+        if rows <= STRETCHES * ROWS or in_one_tile(self.terms, self.transposed) or (self.transposed and self.encoded):
             return [(0, rows)]
         seed = sha256(self.key.encode()).digest()
         starts = {0, rows - ROWS, *(int.from_bytes(seed[4 * n : 4 * n + 4], "big") % (rows - ROWS) for n in range(2))}

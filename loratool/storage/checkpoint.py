@@ -9,7 +9,6 @@ that they become: shards and index carry the names of the output, headers have n
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from loratool.errors import FormatError, InputError, StorageError
 from loratool.plan import TensorFile
-from loratool.storage import jsonfile, quantised, runs, safetensors
+from loratool.storage import jsonfile, location, pipeline, quantised, runs, safetensors
 from loratool.storage.runs import PICKLES
 from loratool.tensors import Inline, Span, TensorRef, TensorSource
 
@@ -40,6 +39,11 @@ _BASE_WEIGHTS = (
     "diffusion_pytorch_model.bin.index.json",
     "diffusion_pytorch_model.bin",
 )
+#: diffusers' names of weights of which a folder has several: in another dtype, or averaged over the training.
+_VARIANTS = ("*model.safetensors.index.*.json", "*model.*.safetensors.index.json", "*model.*.safetensors")
+_PIPELINE = "model_index.json"
+#: The components of pipelines that adapters are for, by diffusers' names; of the others nothing is read.
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_\d+)?")
 #: What goes along with the weights when a model is rewritten; nothing in it is parsed or executed.
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe", ".spm", ".vocab")
 _COMPANION_NAMES = ("license", "notice", "merges", "use_policy")
@@ -61,12 +65,18 @@ _TOKENIZER = (
 class Shard(NamedTuple):
     """One weight file of a checkpoint: its name as safetensors, which is the output's, and its name in the folder.
 
-    The header of a pickle has no raw bytes, and its tensors are in the order that a new file has.
+    The header of a pickle has no raw bytes, and its tensors are in the order that a new file has. In a pipeline the
+    component stands before the names of its tensors, as in `unet:conv_in.weight`, and its folder before the file's.
     """
 
     name: str
     header: safetensors.Header
     source: str
+    component: str = ""
+
+    def stored(self, name: str) -> str:
+        """Return what a tensor is called in the file."""
+        return name.removeprefix(f"{self.component}:") if self.component else name
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,9 @@ class Checkpoint(TensorSource):
     `files` are the names there of what was read, `notes` say what was not, and why. Of a quantised checkpoint
     `tensors` are the logical ones, and `quantised` their encodings; `stored` are those of the files, `stored_shards`
     the files with them, and `spent` the fates of the ones that no logical tensor is made of.
+
+    Of a pipeline of diffusers `components` are the models that an adapter can be for, by their folders; all tensors are
+    the pipeline's, too, and the config is that of the model that makes the image.
     """
 
     shards: tuple[Shard, ...] = ()
@@ -89,6 +102,7 @@ class Checkpoint(TensorSource):
     stored: Mapping[str, TensorRef] = field(default_factory=dict)
     spent: Mapping[str, str] = field(default_factory=dict)
     stored_shards: tuple[Shard, ...] = ()
+    components: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
 def exists(text: str) -> bool:
@@ -98,7 +112,12 @@ def exists(text: str) -> bool:
 
 def open_adapter(path: str, *, allow_pickle: bool = False) -> Checkpoint:
     """Open an adapter: a folder with its config, or one file. One-element tensors (alphas) are read along."""
-    place = Path(path)
+    with location.named(path):
+        opened = _open_adapter(location.place(path), allow_pickle)
+        return replace(opened, path=location.called(path), tensors=_with_scalars(opened.tensors))
+
+
+def _open_adapter(place: Path, allow_pickle: bool) -> Checkpoint:
     if place.is_dir():
         place = _adapter_folder(place)
         weights = next((place / n for n in _ADAPTER_WEIGHTS if (place / n).is_file()), None) or _only_file(place)
@@ -109,34 +128,62 @@ def open_adapter(path: str, *, allow_pickle: bool = False) -> Checkpoint:
         config = Path()  # a config beside a file of another name belongs to something else
     opened = _open_file(weights, allow_pickle)
     found = jsonfile.read(config) if config.is_file() else None
-    return replace(opened, path=path, config=found, tensors=_with_scalars(opened.tensors))
+    return replace(opened, config=found)
 
 
 def open_base(path: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a base checkpoint: a folder (sharded or not), the index of one, or one file. Never more than headers."""
-    place = Path(path)
-    if place.name.endswith(".index.json") and place.is_file():
-        weights, place = place, place.parent
-    elif place.is_dir():
-        weights = _base_weights(place)
-    else:
+    """Open a base checkpoint: a folder (sharded or not), the index of one, or one file. Never more than headers.
+
+    A pipeline of diffusers is opened with all its components that an adapter can be for.
+    """
+    with location.named(path):
+        return replace(_open_base(location.place(path), allow_pickle), path=location.called(path))
+
+
+def _open_base(place: Path, allow_pickle: bool) -> Checkpoint:
+    if not place.is_dir() and not (place.is_file() and _is_index(place.name)):
         return quantised.logical(_open_file(place, allow_pickle))
-    is_index = weights.name.endswith(".index.json")
-    opened = _open_index(weights, allow_pickle) if is_index else _open_file(weights, allow_pickle)
-    config = place / "config.json"
-    opened = replace(
+    if place.is_dir() and (place / _PIPELINE).is_file() and not any((place / n).is_file() for n in _BASE_WEIGHTS):
+        return pipeline.together(str(place), _components(place, allow_pickle))
+    return quantised.logical(_open_folder(place, allow_pickle))
+
+
+def _open_folder(place: Path, allow_pickle: bool) -> Checkpoint:
+    if place.is_dir():
+        weights, folder = _base_weights(place), place
+    else:
+        weights, folder = place, place.parent
+    opened = _open_index(weights, allow_pickle) if _is_index(weights.name) else _open_file(weights, allow_pickle)
+    config = folder / "config.json"
+    return replace(
         opened,
-        path=path,
-        folder=str(place),
+        path=str(place),
+        folder=str(folder),
         config=jsonfile.read(config) if config.is_file() else None,
-        notes=runs.second_copies(place, opened.files, _ADAPTER_WEIGHTS),
+        notes=runs.second_copies(folder, opened.files, _ADAPTER_WEIGHTS),
     )
-    return quantised.logical(opened)
+
+
+def _components(place: Path, allow_pickle: bool) -> dict[str, Checkpoint]:
+    """Open the components of a pipeline that an adapter can be for."""
+    index = jsonfile.read(place / _PIPELINE)
+    listed = [name for name, value in index.items() if _COMPONENT.fullmatch(name) and value != [None, None]]
+    missing = [name for name in listed if not (place / name).is_dir()]
+    if missing or not listed:
+        what = f"the pipeline has no {missing[0]}/" if missing else "no component of this pipeline can have an adapter"
+        raise StorageError(what, where=place, hint="was it fetched completely? A component can be named by itself")
+    return {name: _open_folder(place / name, allow_pickle) for name in listed}
+
+
+def _is_index(name: str) -> bool:
+    return re.fullmatch(r".*\.index(\.[\w-]+)?\.json", name) is not None
 
 
 def config_of(path: str) -> dict[str, Any]:
     """Return the config.json of a model: of its folder, beside its weights, or the file itself."""
-    place = Path(path)
+    place = location.place(path)
+    if place.is_dir() and (place / _PIPELINE).is_file():
+        place = next((place / name for name in ("unet", "transformer") if (place / name).is_dir()), place)
     file = place / "config.json" if place.is_dir() else place
     if file.suffix != ".json" or file.name.endswith(".index.json"):
         file = file.with_name("config.json")
@@ -148,19 +195,20 @@ def config_of(path: str) -> dict[str, Any]:
 def _base_weights(place: Path) -> Path:
     """Return the file or index that is the model in a folder, or raise with what is there instead."""
     weights = next((place / n for n in _BASE_WEIGHTS if (place / n).is_file()), None)
-    if weights is None and (place / "model_index.json").is_file():
-        raise FormatError(
-            "this is a whole diffusers pipeline",
+    variants = [p for kind in _VARIANTS for p in sorted(place.glob(kind)) if not runs.SHARD.search(p.name)]
+    if weights is None and len(variants) > 1:
+        raise InputError(
+            f"several variants and none without a name: {', '.join(p.name for p in variants)}",
             where=place,
-            hint=f"name one component, for example {place / 'unet'}",
+            hint="keep the one that is meant in this folder",
         )
     pickled = sorted(p for p in place.glob("pytorch_model*") if p.suffix in PICKLES and p.is_file())
-    return weights or _only_file(place, pickled)
+    return weights or next(iter(variants), None) or _only_file(place, pickled)
 
 
 def is_adapter_folder(path: str) -> bool:
     """Whether a folder says by its file names that it is an adapter, or holds named adapters and no model."""
-    place = Path(path)
+    place = location.place(path)
     if not place.is_dir() or any((place / n).is_file() for n in _BASE_WEIGHTS):
         return _has_adapter(place)
     return _has_adapter(place) or any(_has_adapter(inner) for inner in place.iterdir())
@@ -177,19 +225,19 @@ def companions(folder: str) -> list[str]:
     for path in sorted(p for pattern in ("*", "*/*") for p in root.glob(pattern)):
         relative = path.relative_to(root)
         hidden = any(part.startswith(".") for part in relative.parts)
-        skipped = path.name.endswith(".index.json") or path.name in ("adapter_config.json", "loratool.report.json")
+        skipped = _is_index(path.name) or path.name in ("adapter_config.json", "loratool.report.json")
         skipped = skipped or runs.is_state(path.name)
         named = path.suffix in _COMPANIONS or path.stem.lower().startswith(_COMPANION_NAMES)
         nested = len(relative.parts) > 1 and (path.parent / "config.json") != path  # only configs of submodules
         wanted = path.is_file() and named and not (hidden or skipped or nested)
-        if wanted and path.stat().st_size <= _COMPANION_CAP:
+        if wanted and location.size(path) <= _COMPANION_CAP:
             names.append(relative.as_posix())
     return names
 
 
 def tokenizer_files(folder: str) -> list[str]:
     """Return the files of a tokenizer in a folder; none where it is a file, or has only a chat template."""
-    root = Path(folder)
+    root = location.place(folder)
     names = [n for n in _TOKENIZER if (root / n).is_file() and is_inside(root / n, root)] if root.is_dir() else []
     return (
         names if set(names) & {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"} else []
@@ -215,6 +263,7 @@ def is_inside(path: Path, folder: Path) -> bool:
     roots = [home]
     if home.parent.name == "snapshots":  # snapshots/<commit>/x -> ../../blobs/<digest>
         roots.append(home.parent.parent / "blobs")
+    roots += location.stores(folder)
     return any(real.is_relative_to(root) for root in roots)
 
 
@@ -252,7 +301,7 @@ def _only_file(place: Path, pickled: Sequence[Path] = ()) -> Path:
 
 def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     if not path.is_file():
-        raise StorageError("no such file or folder", where=path, hint=_fetching(path))
+        raise StorageError("no such file or folder", where=path, hint="a source is a path, org/name or hf://org/name")
     shard, tensors = _read(path, path.name, allow_pickle)
     return Checkpoint(str(path), tensors, shard.header.metadata, shards=(shard,), files=(path.name,))
 
@@ -274,6 +323,7 @@ def _read(path: Path, name: str, allow_pickle: bool) -> tuple[Shard, dict[str, T
         )
     from loratool.storage import torchfile
 
+    location.fetch([str(path)])
     tensors = torchfile.read(path)
     new = TensorFile.new(_as_safetensors(name), tensors.values(), {"format": "pt"})  # transformers wants to be told
     return Shard(new.name, safetensors.Header(b"", new.tensors, dict(new.metadata)), name), tensors
@@ -286,13 +336,6 @@ def _as_safetensors(name: str) -> str:
     stem = weights.removesuffix(PurePosixPath(weights).suffix)
     stem = stem.removeprefix("pytorch_") if stem.startswith("pytorch_model") else stem
     return str(path.with_name(f"{stem}.safetensors{index}"))
-
-
-def _fetching(path: Path) -> str:
-    """Say how a source that looks like a Hub id gets here."""
-    name = path.as_posix()
-    hub = f"; `hf download {name} --local-dir {path.name}` fetches it" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
-    return f"sources are local paths{hub}"
 
 
 def _open_index(path: Path, allow_pickle: bool) -> Checkpoint:
@@ -360,18 +403,13 @@ def _contained(index: Path, name: str) -> Path:
 def _with_scalars(tensors: Iterable[str] | dict[str, TensorRef]) -> dict[str, TensorRef]:
     """Read the one-element tensors, so that formats can ask for their value."""
     assert isinstance(tensors, dict)
-    out, opened = {}, {}
-    try:
-        for name, ref in tensors.items():
-            span = ref.pieces[0] if ref.pieces else None
-            if isinstance(span, Span) and 0 < ref.nbytes <= 8 and all(n == 1 for n in ref.shape):
-                if span.path not in opened:
-                    opened[span.path] = os.open(span.path, os.O_RDONLY)
-                data = os.pread(opened[span.path], span.nbytes, span.offset)
-                out[name] = replace(ref, pieces=(Inline(data),))
-            else:
-                out[name] = ref
-    finally:
-        for fd in opened.values():
-            os.close(fd)
-    return out
+    small: dict[str, dict[str, Span]] = {}
+    for name, ref in tensors.items():
+        span = ref.pieces[0] if ref.pieces else None
+        if isinstance(span, Span) and 0 < ref.nbytes <= 8 and all(n == 1 for n in ref.shape):
+            small.setdefault(span.path, {})[name] = span
+    values: dict[str, bytes] = {}
+    for path, spans in small.items():
+        pieces = location.small_pieces(path, [(span.offset, span.nbytes) for span in spans.values()])
+        values |= dict(zip(spans, pieces, strict=True))
+    return {n: replace(ref, pieces=(Inline(values[n]),)) if n in values else ref for n, ref in tensors.items()}

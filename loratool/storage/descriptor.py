@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from loratool.storage import location
+
 
 class Descriptor:
     """Opens a file. Whoever uses `number` holds the object meanwhile; the last to drop it closes the file."""
 
     def __init__(self, path: str | Path, flags: int, mode: int = 0o600) -> None:
         self.number = -1  # for __del__, where opening fails
+        location.fetch([str(path)])
         self.number = os.open(path, flags, mode)
 
     def __del__(self) -> None:

@@ -6,15 +6,16 @@ a scale that is misread would give a model that looks whole.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from loratool import strictjson
 from loratool.encodings import FourBit, Nested, Scaled, Transposed4Bit
 from loratool.errors import FormatError, UnsupportedError
+from loratool.storage import location
 from loratool.tensors import Inline, TensorRef, quantised
 
 Tensors = Mapping[str, TensorRef]
@@ -262,11 +263,7 @@ def _read(ref: TensorRef) -> bytes:
         if isinstance(piece, Inline):
             data += piece.data
             continue
-        fd = os.open(piece.path, os.O_RDONLY)
-        try:
-            data += os.pread(fd, piece.nbytes, piece.offset)
-        finally:
-            os.close(fd)
+        data += location.read(Path(piece.path), piece.offset, piece.offset + piece.nbytes)
     return data
 
 

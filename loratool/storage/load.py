@@ -34,11 +34,22 @@ class Loader:
         self._lock = threading.Lock()
 
     def __call__(self, ref: TensorRef, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Read a tensor in its stored dtype and shape, into the contiguous CPU tensor `into` where one is given."""
+        """Read a tensor in its stored dtype and shape, into the contiguous CPU tensor `into` where one is given.
+
+        For a GPU it is read into pinned memory, and copied while the caller goes on: torch uses that memory again only
+        when the copy is done. `into` would be used again at once, so it stays as it is.
+        """
+        if self.device.type == "cpu":
+            return self._in_memory(ref, into)
+        return self._in_memory(ref).to(self.device, non_blocking=True)
+
+    def _in_memory(self, ref: TensorRef, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Read a tensor into main memory. What is rearranged is rearranged there, and may be shared by all workers."""
         if ref.view is not None:
             return self._rearranged(ref, ref.view, into)
         dtype = getattr(torch, dtypes.torch_name(ref.dtype))
-        tensor = torch.empty(ref.shape, dtype=dtype) if into is None else into
+        pinned = self.device.type == "cuda"
+        tensor = torch.empty(ref.shape, dtype=dtype, pin_memory=pinned) if into is None else into
         if ref.nbytes:
             view = as_bytes(tensor)
             at = 0
@@ -48,7 +59,7 @@ class Loader:
                 else:
                     self._read(piece.path, piece.offset, view[at : at + piece.nbytes])
                 at += piece.nbytes
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        return tensor
 
     def _rearranged(self, ref: TensorRef, view: View, into: torch.Tensor | None) -> torch.Tensor:
         """Read what a view is of, and arrange it."""
@@ -56,15 +67,18 @@ class Loader:
             case "quantised":
                 result = self._decoded(ref, view)
             case "joined":
-                result = torch.cat([self(part) for part in view.of])
+                result = torch.cat([self._in_memory(part) for part in view.of])
             case "woven":
-                result = torch.stack([self(part) for part in view.of], dim=-1).flatten(1)
+                result = torch.stack([self._in_memory(part) for part in view.of], dim=-1).flatten(1)
             case "padded":
-                inner, before = self(view.of[0]), len(view.ranges[0])
+                inner, before = self._in_memory(view.of[0]), len(view.ranges[0])
                 result = torch.nn.functional.pad(inner, (before, ref.shape[1] - inner.shape[1] - before))
             case "rows":
                 whole = self._whole(view.of[0])
                 result = torch.cat([whole[r.start : r.stop : r.step] for r in view.ranges])
+            case "scaled":
+                inner = self._in_memory(view.of[0])
+                result = (inner.float() * view.factor).to(inner.dtype)
             case "transposed":
                 result = self._whole(view.of[0]).T
             case _:
@@ -77,7 +91,7 @@ class Loader:
         """Read codes and scales, and decode them. Of a transposed matrix every tile needs all rows: they are kept."""
         assert view.encoding
         again = isinstance(view.encoding, Transposed4Bit)
-        stored = [self._whole(part) if again else self(part) for part in view.of]
+        stored = [self._whole(part) if again else self._in_memory(part) for part in view.of]
         dtype = getattr(torch, dtypes.torch_name(ref.dtype))
         return quantisation.decode(view.encoding, stored, prod(ref.shape), dtype)
 
@@ -87,7 +101,7 @@ class Loader:
         with self._lock:
             found = self._kept.get(key) if key else None
         if found is None:
-            found = self(ref)
+            found = self._in_memory(ref)
             if key:
                 with self._lock:
                     while self._kept and sum(t.nbytes for t in self._kept.values()) + found.nbytes > self.KEPT:

@@ -15,7 +15,7 @@ from pathlib import Path
 from loratool.errors import InputError, LoratoolError, StorageError, UnsupportedError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_WEIGHTS = (".safetensors", *PICKLES)
+WEIGHTS = (".safetensors", *PICKLES)
 _MODELS = ("model", "pytorch_model", "diffusion_pytorch_model")
 _CHECKPOINT = re.compile(r"(?P<unit>checkpoint|step|epoch)[-_](?P<number>\d+)")
 _DEEPSPEED = re.compile(r"global_step\d+|(?:.*_)?mp_rank_\d+.*_states\.pt")
@@ -24,6 +24,8 @@ _STATE = re.compile(
     r"(?:optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|trainer_state|(?:all|train|eval)_results)"
     r"(?:[_-]?\d+)*\.(?:pt|pth|bin|pkl|json)|zero_to_fp32\.py|(?:.*_)?mp_rank_\d+.*_states\.pt"
 )
+#: a part of weights in several files
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _SHOWN = 12
 _FIRST_RELEASE = "the same weights under the names of their first release"
 
@@ -46,7 +48,7 @@ def one_of(found: list[Path], folder: Path) -> InputError:
         told = [f"{len(told) - _SHOWN} earlier ones", *told[-_SHOWN:]]
     count = f"{len(found)} checkpoints" if len(found) > 1 else "one checkpoint"
     last = found[-1]
-    is_model = any(p.suffix in _WEIGHTS and p.name.startswith(_MODELS) for p in last.iterdir())
+    is_model = any(p.suffix in WEIGHTS and p.name.startswith(_MODELS) for p in last.iterdir())
     command = f"merge {last} ADAPTER -o OUT" if is_model else f"inspect {last}"
     return InputError(
         "\n  ".join([f"this is a training run with {count} and no weights of its own", *told]),
@@ -113,16 +115,16 @@ def second_copies(folder: Path, read: Collection[str], adapters: Collection[str]
     pickled = all(name.endswith(PICKLES) or name.endswith(".json") for name in read)
     for path in sorted(folder.iterdir()):
         name = path.name
-        if name == "original" and path.is_dir() and any(p.suffix in _WEIGHTS for p in path.iterdir()):
+        if name == "original" and path.is_dir() and any(p.suffix in WEIGHTS for p in path.iterdir()):
             why.setdefault(_FIRST_RELEASE, []).append("original/")
-        if path.suffix not in _WEIGHTS or not path.is_file() or name in read or name in adapters or is_state(name):
+        if path.suffix not in WEIGHTS or not path.is_file() or name in read or name in adapters or is_state(name):
             continue
         if name.startswith("consolidated"):
             why.setdefault(_FIRST_RELEASE, []).append(name)
         elif path.suffix in PICKLES and not pickled:
             why.setdefault("pickles, and there are safetensors", []).append(name)
         else:
-            index = next((n for n in read if n.endswith(".index.json")), "")
+            index = next((n for n in read if n.endswith(".json")), "")
             why.setdefault(f"{index} does not name them" if index else f"{min(read)} is the model", []).append(name)
     return tuple(f"not read: {_some(names)} ({reason})" for reason, names in why.items())
 

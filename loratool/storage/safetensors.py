@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loratool import dtypes, strictjson
 from loratool.errors import FormatError, StorageError
+from loratool.storage import location
 from loratool.tensors import Span, TensorInfo, TensorRef
 
 HEADER_CAP = 16 << 20
@@ -34,18 +35,17 @@ class Header(NamedTuple):
 def read_header(path: Path) -> Header:
     """Read the header of a file; FormatError names what is wrong with it."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise FormatError(f"{size} bytes are too few for a safetensors file", where=path, hint=_DAMAGED)
-            (length,) = struct.unpack("<Q", prefix)
-            if length > HEADER_CAP:
-                raise FormatError(
-                    f"a header of {length:,} bytes is beyond the cap of {HEADER_CAP:,}: not a safetensors file?",
-                    where=path,
-                )
-            text = file.read(length)
+        size = location.size(path)
+        prefix = location.read(path, 0, 8)
+        if len(prefix) < 8:
+            raise FormatError(f"{size} bytes are too few for a safetensors file", where=path, hint=_DAMAGED)
+        (length,) = struct.unpack("<Q", prefix)
+        if length > HEADER_CAP:
+            raise FormatError(
+                f"a header of {length:,} bytes is beyond the cap of {HEADER_CAP:,}: not a safetensors file?",
+                where=path,
+            )
+        text = location.read(path, 8, 8 + length)
     except OSError as error:
         raise StorageError(f"cannot be read: {error.strerror}", where=path) from None
     if len(text) < length:
@@ -108,9 +108,9 @@ def _check_coverage(path: Path, refs: Sequence[TensorRef], start: int, size: int
         raise FormatError(f"the file {kind}: {size:,} bytes, the header says {at:,}", where=path, hint=_DAMAGED)
 
 
-def make_header(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+def make_header(infos: Iterable[TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
     """Serialise a header for tensors in the given order; metadata sorted, so that equal content is equal bytes."""
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     at = 0
     for info in infos:
         entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [at, at + info.nbytes]}

@@ -21,7 +21,7 @@ from types import TracebackType
 
 from loratool.errors import FormatError, StorageError, UsageError
 from loratool.plan import CopiedFile, Facts, JsonFile, Out, OutFile, TensorFile, TextFile
-from loratool.storage import jsonfile, safetensors, target
+from loratool.storage import digests, jsonfile, safetensors, target
 from loratool.storage.descriptor import Descriptor
 from loratool.storage.writeback import WriteBehind
 from loratool.tensors import Inline, Span, TensorRef
@@ -270,9 +270,10 @@ class Staging:
     # -- publishing ---------------------------------------------------------------------------------------------
 
     def publish(self, files: Sequence[OutFile], *, force: bool) -> None:
-        """Fsync, read back every header, and let the output appear under its name in one step."""
+        """Fill in the digests, fsync, read back every header, and let the output appear under its name in one step."""
         for file in files:
             if isinstance(file, TensorFile):
+                self._settle_digests(file)
                 _check_written(self.payload / file.name, file)
         for written in self._files.values():  # a descriptor opened now would not hear of an error told to these
             os.fsync(written.number)
@@ -291,6 +292,13 @@ class Staging:
         target.publish(source, self.out, force)
         for folder in {self.out.parent, *(made.parent for made in self._made)}:
             target.fsync(folder)
+
+    def _settle_digests(self, file: TensorFile) -> None:
+        """Write the header again with what the data, now complete, says: the fields are as long as before."""
+        if file.digests:
+            number, infos, before = self._files[file.name].number, [ref.info for ref in file.tensors], _header(file)
+            told = digests.fields_of(number, len(before), infos, file.metadata, file.digests)
+            self._behind.write(number, safetensors.make_header(infos, {**file.metadata, **told}), 0)
 
 
 def _runs(refs: Sequence[TensorRef], places: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
@@ -323,7 +331,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _header(file: TensorFile) -> bytes:
-    return file.header or safetensors.make_header([ref.info for ref in file.tensors], file.metadata)
+    return file.header or safetensors.make_header((ref.info for ref in file.tensors), file.metadata or None)
 
 
 def _size_of(file: OutFile) -> int:

@@ -100,6 +100,18 @@ def test_compress_holds_for_any_shape_rank_and_dtype(sizes, dtype, seed, indepen
     check(up.to(dtype), down.to(dtype), 1e-11)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_fewer_triplets_are_the_leading_ones_and_all_singular_values_come_along(case):
+    up, down = random(40, 6), random(6, 30, seed=1)
+    CASES[case](up, down)
+    U, S, Vh = torch.linalg.svd(up @ down, full_matrices=False)
+    svd = lowrank.compress(up, down, 2)
+    assert (svd.left.shape, svd.right.shape, svd.sigma.shape) == ((40, 2), (2, 30), (6,))
+    torch.testing.assert_close(svd.sigma, S[:6], rtol=0, atol=1e-9 * float(S[0]))
+    left, right = svd.balanced(2)
+    torch.testing.assert_close(left @ right, U[:, :2] * S[:2] @ Vh[:2], rtol=0, atol=1e-7 * float(S[0]))
+
+
 def test_orthonormal_sides_for_well_conditioned_factors():
     svd = lowrank.compress(random(50, 6), random(6, 40, seed=1))
     eye = torch.eye(6, dtype=torch.float64)
@@ -153,6 +165,18 @@ def test_inner_products_and_norms_are_those_of_the_dense_products(dtype):
     assert lowrank.inner(up1, down1, up2, down2) == pytest.approx(float((A * B).sum()), rel=1e-12)
     assert lowrank.squared_norm(up1, down1) == pytest.approx(float(A.square().sum()), rel=1e-12)
     assert lowrank.squared_norm(up1 * 0, down1) == 0.0
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("step", [1.0, 1e-3, 1e-7])
+def test_the_distance_of_two_products_keeps_its_digits_however_near_they_are(step, case):
+    up, down = random(40, 6), random(6, 30, seed=1)
+    CASES[case](up, down)
+    change = step * up * random(40, 6, seed=2)
+    wanted = float((change @ down).square().sum())  # the difference itself, formed without cancelling
+    found = lowrank.squared_distance((up, down), (up + change, down))
+    scale = float(up.norm() * down.norm()) ** 2
+    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-28 * scale)
 
 
 def test_adding_concatenates_exactly():

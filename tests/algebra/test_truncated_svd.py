@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratool.algebra import noise, svd
 from loratool.algebra import panels as panels_module
 from loratool.algebra import rank as rank_rules
-from loratool.algebra import svd
 
 
 def orthogonal(n, k, seed):
@@ -261,8 +261,9 @@ def test_a_delta_of_less_rank_than_asked_for_comes_out_as_it_is():
     # the slight noise of a subtraction in fp32 is not taken for signal
     weight = torch.randn(700, 560, generator=torch.Generator().manual_seed(3))
     D = (weight + update) - weight
-    variance = 2 * rank_rules.rounding_variance(weight, torch.float32)
-    out = svd.truncate(svd.Panels.of(D), lambda s, b: rank_rules.noise(s, (700, 560), variance, b), seed=0)
+    variances = 2 * noise.rounding_variance(weight, torch.float32)
+    profile = variances.sum(1), variances.sum(0)
+    out = svd.truncate(svd.Panels.of(D), lambda s, b: noise.outstanding(s, *profile, b), seed=0)
     assert len(out.factors.sigma) == 5
 
 

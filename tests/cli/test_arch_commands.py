@@ -371,6 +371,10 @@ def test_show_has_the_ranks_that_are_asked_for(arch: Arch, tmp_path: Path) -> No
     text = arch("show", "base", "--rank", 16).out
     assert re.search(r"^ all-linear +\d+ +16 ", text, re.MULTILINE)
     assert arch("show", "base", "--rank", 0).code == 2
+    alone = arch("show", "llama", "--rank", 8)
+    assert alone.code == 2
+    assert "has no sizes" in alone.err
+    assert "try: loratool arch show PATH --rank 8" in alone.err
 
 
 def test_a_config_alone_is_enough_where_the_library_knows_the_model(arch: Arch, tmp_path: Path) -> None:

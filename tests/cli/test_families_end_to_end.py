@@ -420,7 +420,7 @@ def test_remote_code_is_never_run(adapter_names_it: bool, cli: Cli, tmp_path: Pa
 # -- A family given by hand, in every command -------------------------------------------------------------------------
 
 TOY = """
-from loratool import Architecture, Embedding, Fused, Linear, Match, hookimpl, interleave_heads
+from loratool import Architecture, Embedding, Fused, Linear, Match, Named, hookimpl, interleave_heads
 
 QKV = "model.blocks.{i}.attn.qkv"
 
@@ -440,7 +440,7 @@ def register_architectures():
             fused=(Fused(QKV, ("q", "k", "v"), interleave_heads("heads", "hidden_size/heads", 2, 2)),),
             aliases=("model.blocks.{i}.attn.(query|key|value) = model.blocks.{i}.attn.qkv[(q|k|v)]",),
             prefixes={"": ("model.",)},
-            kohya_prefixes={"": "lora_toy"},
+            named={"": Named("lora_toy")},
         )
     ]
 """

@@ -66,7 +66,10 @@ def evil_adapter(folder: Path, where: str) -> None:
     elif where == "stray tensor":
         tensors[f"stray{EVERY}"] = torch.zeros(1)
     elif where == "metadata":
-        save_file(tensors, folder.with_suffix(".safetensors"), {EVERY: EVERY, "ss_sd_model_name": EVERY})
+        told = {EVERY: EVERY, "ss_sd_model_name": EVERY, "modelspec.title": EVERY, "ss_training_comment": EVERY}
+        told["ss_tag_frequency"] = json.dumps({EVERY: {EVERY: 3}})
+        told["loratool.history"] = json.dumps([{"by": EVERY, "verb": EVERY, "sources": [{"name": EVERY}]}])
+        save_file(tensors, folder.with_suffix(".safetensors"), told)
     elif where == "base model":
         config = {"base_model_name_or_path": EVERY}
     elif where == "config field":

@@ -519,7 +519,7 @@ def test_a_base_names_the_family_of_an_adapter(tmp_path):
     report = loratool.convert(
         tmp_path / "adapter", tmp_path / "a.safetensors", to="kohya", base=tmp_path / "base", dry_run=True
     )
-    assert report.totals["family"] == "internlm2"
+    assert report.totals["families"] == ["internlm2"]
     assert sorted(row["module"] for row in report.rows) == [f"{case.fused}[{part}]" for part in "kqv"]
 
 

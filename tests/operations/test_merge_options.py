@@ -178,6 +178,45 @@ def test_verify_counts_what_it_looked_at_and_finds_a_damaged_output(tmp_path: Pa
             loratool.merge(base, [adapter], tmp_path / f"damaged{n}", verify=True)
 
 
+def test_an_adapter_config_without_a_base_asks_for_one(capsys: Any):
+    assert run_main("merge", "--adapter-config", "uses.json", "-o", "out") == 2
+    told = capsys.readouterr().err
+    assert "which base model" in told
+    assert "try: loratool merge BASE --adapter-config uses.json -o out" in told
+    assert run_main("merge", "-o", "out") == 2
+    assert "try: loratool merge BASE ADAPTER -o out" in capsys.readouterr().err
+
+
+def test_a_quiet_verification_shows_no_bars_of_other_libraries(
+    tmp_path: Path, saved: Any, adapter_folder: Any, capfd: Any
+):
+    from transformers.utils import logging
+
+    model, base = saved("llama")
+    _, adapter = adapter_folder(model, r=4, target_modules=["q_proj"])
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    assert run_main("merge", base, adapter, "-o", tmp_path / "out", "--verify", "-q") == 0
+    heard = capfd.readouterr()
+    assert "%|" not in heard.out + heard.err  # as tqdm draws them
+    assert logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("chosen", ["qwen", "gpt2"])
+def test_an_adapter_of_another_family_is_told_its_families(
+    chosen: str, tmp_path: Path, saved: Any, adapter_folder: Any
+):
+    _, base = saved("llama")
+    model, _ = saved("gpt2")
+    _, adapter = adapter_folder(model, r=4, target_modules=["c_attn"])
+    with pytest.raises(MismatchError) as refusal:
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert "--arch" not in refusal.value.hint  # qwen knows all names of both, and is neither
+    assert chosen in refusal.value.hint
+    report = loratool.convert(adapter, tmp_path / "copy", to="peft")
+    assert chosen in report.totals["families"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_verify_compares_logits_with_peft(kind: str, tmp_path: Path, saved: Any, adapter_folder: Any):
     model, base = saved(kind)

@@ -23,7 +23,7 @@ CASES = {
 def test_a_kohya_unet_file_gives_equal_images_in_diffusers(case, tiny, adapter_folder, run_model, tmp_path):
     targets, ranks = CASES[case]
     live, folder = adapter_folder(tiny("unet"), target_modules=targets, r=4, lora_alpha=3, rank_pattern=ranks)
-    loratool.convert(folder, tmp_path / "k.safetensors", to="kohya")
+    loratool.convert(folder, tmp_path / "k.safetensors", to="kohya", arch="stable-diffusion")
     state, alphas = Loader.lora_state_dict(tmp_path, weight_name="k.safetensors", local_files_only=True)
     unet = tiny("unet")
     plain = run_model("unet", unet)

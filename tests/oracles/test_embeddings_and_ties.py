@@ -148,4 +148,4 @@ def test_digests_of_the_source_file_do_not_travel(tmp_path):
         with safe_open(out / "adapter_model.safetensors" if out.is_dir() else out, "pt") as file:
             metadata = file.metadata()
         assert metadata["ss_steps"] == "7"
-        assert "sshs_model_hash" not in metadata
+        assert metadata.get("sshs_model_hash") != "old"  # image tools' files have one of their own

@@ -15,7 +15,7 @@ def test_ranks_that_differ_by_module_reach_diffusers_at_full_strength(tiny, adap
             down.mul_(torch.logspace(0, -(n % 4), 4)[:, None])
     live.save_pretrained(folder)
     loratool.resize(folder, tmp_path / "peft", energy=0.97)
-    loratool.convert(tmp_path / "peft", tmp_path / "k.safetensors", to="kohya")
+    loratool.convert(tmp_path / "peft", tmp_path / "k.safetensors", to="kohya", arch="stable-diffusion")
     tensors = load_file(tmp_path / "k.safetensors")
     assert len({t.shape[0] for n, t in tensors.items() if "lora_down" in n}) > 1
     wanted = run_model("unet", PeftModel.from_pretrained(tiny("unet"), tmp_path / "peft").eval())
@@ -29,5 +29,5 @@ def test_alphas_that_diffusers_would_ignore_are_announced(tiny, adapter_folder, 
     _, folder = adapter_folder(
         tiny("unet"), target_modules=["to_q", "to_k"], r=4, lora_alpha=4, alpha_pattern={"to_k": 2}
     )
-    report = loratool.convert(folder, tmp_path / "k.safetensors", to="kohya")
+    report = loratool.convert(folder, tmp_path / "k.safetensors", to="kohya", arch="stable-diffusion")
     assert any("diffusers" in f.what for f in report.findings)

@@ -48,3 +48,23 @@ def test_the_reported_error_is_that_of_the_written_factors(adapter, tmp_path, dt
         squares["lost"] += float((after - before).square().sum())
         squares["all"] += float(before.square().sum())
     assert report.totals["error"] == pytest.approx((squares["lost"] / squares["all"]) ** 0.5, rel=1e-3, abs=3e-7)
+
+
+def test_auto_warns_of_what_a_flat_spectrum_loses(adapter, tmp_path):
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    for n, name in enumerate(NAMES):  # orthonormal factors: a bend that means nothing, at the first value
+        sigma = torch.tensor([1.3, 1.001, 1.0, 0.999, 0.998, 0.997, 0.996, 0.995]) if n else torch.logspace(0, -4, 8)
+        up, _ = torch.linalg.qr(tensors[f"{name}.lora_B.weight"])
+        down, _ = torch.linalg.qr(tensors[f"{name}.lora_A.weight"].T)
+        tensors |= {f"{name}.lora_A.weight": (down * sigma).T.contiguous(), f"{name}.lora_B.weight": up.contiguous()}
+    save_file(tensors, weights)
+    report = loratool.resize(adapter, tmp_path / "out", rank="auto")
+    (warning,) = [f for f in report.findings if f.where == "--rank auto"]
+    kept = dense(tmp_path / "out", NAMES[1])
+    lost = 1 - float(kept.square().sum() / dense(adapter, NAMES[1]).square().sum())
+    assert lost > 0.5
+    assert warning.level == "warning"
+    assert f"1 of 2 modules lose more than 10% of their energy, {report.rows[1]['module']} {lost:.0%}" in warning.what
+    assert "--energy" in warning.hint
+    assert not [f for f in loratool.resize(adapter, tmp_path / "e", energy=0.9).findings if "flat" in f.what]

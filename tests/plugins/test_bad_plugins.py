@@ -125,8 +125,8 @@ WRONG = {
         plugin(family().replace("('toy',))", "('toy',), shapes=('blocks.{i}.w', 'inp == 8'))")),
         "shapes",
     ),
-    "a kohya prefix for no component": (plugin(family(more=", kohya_prefixes='lora'")), "kohya_prefixes"),
-    "a kohya prefix that is a tuple": (plugin(family(more=", kohya_prefixes={'': ('lora',)}")), "kohya_prefixes"),
+    "a name for no component": (plugin(family(more=", named='lora'")), "named"),
+    "a name that is a tuple": (plugin(family(more=", named={'': ('lora',)}")), "named"),
     "tied paths without their inner tuple": (plugin(family(more=", tied=('a.w', 'b.w')")), "tied"),
     "a tie that is a text": (plugin(family(more=", tied_by_default='yes'")), "tied_by_default"),
     "prefixes that are a tuple": (plugin(family(more=", prefixes=('model.',)")), "prefixes"),
@@ -442,7 +442,7 @@ def test_two_rules_that_disagree_about_a_name_are_named_when_it_is_used(cli: Cli
 def test_a_flat_name_that_two_layers_have_is_ambiguous_and_both_are_named(cli: Cli, tmp_path: Path) -> None:
     toy(tmp_path, ("a_b.c", "a.b_c"))
     layers = "Linear('blocks.{i}.a_b.c'), Linear('blocks.{i}.a.b_c')"
-    (tmp_path / "mine.py").write_text(plugin(family(layers=layers, more=", kohya_prefixes={'': 'lora_toy'}")))
+    (tmp_path / "mine.py").write_text(plugin(family(layers=layers, more=", named={'': Named('lora_toy')}")))
     stem = "lora_toy_blocks_0_a_b_c"
     parts = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2), "alpha": torch.tensor(2.0)}
     save_file({f"{stem}.{part}": value for part, value in parts.items()}, tmp_path / "flat.safetensors")

@@ -17,13 +17,14 @@ from typing import Any
 
 from loratool import layouts
 from loratool.adapter import Finding
-from loratool.architecture import Architecture, Known
+from loratool.architecture import Architecture
 from loratool.errors import LoratoolError, MismatchError
 from loratool.expressions import AbsentError, holds
 from loratool.layers import Excluded, Experts
 from loratool.operations.rules import filled, rule_problems
 from loratool.operations.survey import is_transposed
 from loratool.patterns import flatten, parse, selects
+from loratool.readings import Known
 from loratool.tensors import module_of
 
 Shapes = Mapping[str, tuple[int, ...]]

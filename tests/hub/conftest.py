@@ -1,0 +1,16 @@
+"""The test Hub, and sources that were opened in another test forgotten."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from loratool.storage import location
+from loratool.testing.fixtures import hub, xet_hub
+
+__all__ = ["hub", "xet_hub"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    location.forget()
