@@ -217,7 +217,8 @@ class Adapter:
                 hint="loratool inspect lists the modules; patterns match whole names or their ends",
             )
         left_out = [t for t in self.targets if t not in kept]
-        skipped = [ref.name for t in left_out for delta in self.deltas[t] for ref in delta.refs]
+        skipped = [*self.skipped, *self.partly]
+        skipped += [ref.name for t in left_out for delta in self.deltas[t] for ref in delta.refs]
         skipped += [self.base_copies[t].name for t in left_out if t in self.base_copies]
         shared = {ref.name for deltas in kept.values() for d in deltas for ref in d.refs}  # with other experts
         partly = [name for name in dict.fromkeys(skipped) if name in shared]

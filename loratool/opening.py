@@ -271,7 +271,8 @@ def spelling(
     if out.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf"):
         raise UsageError(f"{out.suffix} files are not written", where=out, hint=f"-o {out.with_suffix('.safetensors')}")
     if format.single_file and not is_file:
-        raise UsageError(f"{format.name} is one file", hint=f"-o {out}.safetensors")
+        name = "hf://org/name/FILE" if str(out).startswith("hf:/") else str(out)
+        raise UsageError(f"{format.name} is one file", hint=f"-o {name}.safetensors")
     if is_file:
         options["file"] = out.name
     classes = (config or {}).get("architectures")

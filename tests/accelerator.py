@@ -25,7 +25,7 @@ from loratool import engine
 from loratool.engine import Resources
 
 _MOVES = ("aten::_to_copy", "aten::copy_")
-_INDEXED = ("aten::index.Tensor", "aten::index_put_", "aten::index_put")  # of these an index may be in main memory
+_INDEXED = ("aten::index", "aten::index_put_", "aten::_index_put_impl_")  # of these an index may be in main memory
 _CORES = ("aten::_linalg_svd", "aten::_linalg_eigh")
 
 
@@ -126,7 +126,14 @@ def accelerator(memory: float = float("inf")) -> Iterator[Accelerator]:
         def __init__(self, threads: int, *_: Any) -> None:
             super().__init__(threads, initializer=lambda: _Mode(device).__enter__())
 
+    tensor = torch.tensor
+
+    def made_there(data: Any, *, device: Any = None, **how: Any) -> torch.Tensor:
+        """torch makes it without asking the mode."""
+        return tensor(data, **how) if device is None else tensor(data, **how).to(device)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tensor", made_there)
         patch.setattr(Resources, "chosen_device", lambda self: "meta" if self.device == "cuda" else self.device)
         patch.setattr(engine, "ThreadPoolExecutor", Workers)
         yield device

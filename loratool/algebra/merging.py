@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
-from math import prod
 from typing import Any
 
 import torch
@@ -64,10 +63,12 @@ class Sums:
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         height = max(stop - start for start, stop in self.tiles)
         raw = torch.empty(height, *self.weight.shape[1:], dtype=getattr(torch, dtypes.torch_name(self.weight.dtype)))
-        sums = torch.empty(height, prod(self.weight.shape[1:]), dtype=self.wide, device=self.left.device)
+        sums: torch.Tensor | None = None  # where the rows are
         for start, stop in self.tiles:
+            rows = self._rows(start, stop, raw[: stop - start])
+            sums = torch.empty(height, rows.shape[1], dtype=self.wide, device=rows.device) if sums is None else sums
             tile = sums[: stop - start]
-            tile.copy_(self._rows(start, stop, raw[: stop - start]))
+            tile.copy_(rows)
             original = tile.clone() if self.others else tile
             for other in self.others:
                 other.add_to(tile, original, start)
@@ -189,7 +190,7 @@ def squared(tensor: torch.Tensor) -> float:
 
 def digest(tensor: torch.Tensor) -> bytes:
     """Return what tells tensors apart, to sort them by."""
-    return sha256(tensor.contiguous().numpy(force=True).tobytes()).digest()
+    return sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).digest()
 
 
 def what_overflows(lost: torch.Tensor, narrow: torch.dtype) -> str:

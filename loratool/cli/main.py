@@ -11,8 +11,10 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -24,20 +26,8 @@ from loratool.errors import LoratoolError, StorageError
 from loratool.storage import location
 
 COMMANDS = (
-    "inspect",
-    "merge",
-    "combine",
-    "extract",
-    "resize",
-    "convert",
-    "compare",
-    "push",
-    "pull",
-    "arch",
-    "formats",
-    "methods",
-    "plugins",
-    "demo",
+    *("inspect", "merge", "combine", "extract", "resize", "convert", "compare", "push"),
+    *("pull", "arch", "formats", "methods", "plugins", "demo"),
 )
 
 
@@ -80,7 +70,7 @@ def cli(**_: Any) -> None:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    location.announce = render.note
+    location.announce = _announcing(arguments)
     for library in ("OMP", "MKL", "OPENBLAS"):  # workers are the parallelism: pools of idle threads only spin
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -88,6 +78,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if code in (130, 143):
         _leave_at_once(code)
     sys.exit(code)
+
+
+def _announcing(arguments: list[str]) -> Callable[[str, str], None]:
+    """Return what says how sources were understood: what is on the Hub, and of local paths those that were typed."""
+
+    def say(source: str, text: str) -> None:
+        typed = any(word == source or word.startswith(f"{source}:") for word in arguments)
+        if typed or not Path(source).exists():
+            render.note(text)
+
+    return say
 
 
 def _leave_at_once(code: int) -> NoReturn:

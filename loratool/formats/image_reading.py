@@ -50,8 +50,9 @@ class File:
 def read(source: TensorSource, architectures: Sequence[Architecture], format: str) -> Adapter:
     """Read the adapter in a file of any image tool."""
     file = _grouped(source)
-    candidates = _narrowed(file, architectures, source, format)
-    found = resolve(file.modules, candidates, readings, source.path)
+    known_by = _Remembered()
+    candidates = _narrowed(file, architectures, source, format, known_by)
+    found = resolve(file.modules, candidates, known_by, source.path)
     families, known = found.families, dict(found.known)
     if not families and file.modules:
         families, known = _best(file.modules, candidates)
@@ -88,6 +89,19 @@ def readings(architecture: Architecture, module: str) -> list[Known]:
     found = architecture.readings(module)
     denoiser = [k for k in found if (named := architecture.named.get(k.component)) and named.comfy == DENOISER]
     return denoiser or found  # which is what names with no component in front are of in these files
+
+
+class _Remembered:
+    """`readings`, asked once for each name."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], list[Known]] = {}
+
+    def __call__(self, architecture: Architecture, module: str) -> list[Known]:
+        key = architecture.name, module
+        if key not in self._found:
+            self._found[key] = readings(architecture, module)
+        return self._found[key]
 
 
 def _grouped(source: TensorSource) -> File:
@@ -127,7 +141,7 @@ def _alpha(source: TensorSource, name: str, findings: list[Finding]) -> float:
 
 
 def _narrowed(
-    file: File, architectures: Sequence[Architecture], source: TensorSource, format: str
+    file: File, architectures: Sequence[Architecture], source: TensorSource, format: str, known_by: _Remembered
 ) -> list[Architecture]:
     """Return the families that may be meant: those that nothing but their names speaks for, too, if there is no more.
 
@@ -137,14 +151,14 @@ def _narrowed(
     for module in file.modules:
         some.setdefault(outline(module), []).append(module)
     samples = [m for alike in some.values() for m in {alike[0], alike[-1]}]
-    found = [a for a in architectures if all(readings(a, m) for m in samples)] or list(architectures)
-    found = of_these_sizes(found, file.sizes, readings)
+    found = [a for a in architectures if all(known_by(a, m) for m in samples)] or list(architectures)
+    found = of_these_sizes(found, file.sizes, known_by)
     if format == "xlabs":  # trained for one model only
         found = [a for a in found if a.find(XLABS_ONLY)]
     told = [source.metadata.get(name, "") for name in ("ss_base_model_version", "modelspec.architecture")]
     named = [a for a in found if any(text.startswith(a.match.metadata) for text in told if a.match.metadata)]
     found = named or found
-    paths = {a.name: {p for m in file.modules for k in readings(a, m)[:1] for p in k.parts} for a in found}
+    paths = {a.name: {p for m in file.modules for k in known_by(a, m)[:1] for p in k.parts} for a in found}
     blocks = {a.name: {e: _count(e, paths[a.name]) for e, _ in a.match.counts} for a in found}
     found = [a for a in found if all(blocks[a.name][e] <= n for e, n in a.match.counts)] or found
     exact = [
@@ -233,6 +247,7 @@ def _deltas(
 ) -> tuple[dict[Target, tuple[Delta, ...]], dict[Target, str]]:
     deltas: dict[Target, tuple[Delta, ...]] = {}
     modules: dict[Target, str] = {}
+    sizes = file.sizes
     for module, parts in file.modules.items():
         what = known.get(module)
         alpha = file.alphas.get(module)
@@ -242,7 +257,7 @@ def _deltas(
         try:
             read = lycoris.read(parts, alpha, sd_scripts=module.startswith("oft_unet"), rs_lora=rs_lora)
             file.consumed += [parts[part].name for part in read.consumed]
-            placed = _placed(what, read, file.sizes.get(module)) if what else {}
+            placed = _placed(what, read, sizes.get(module)) if what else {}
         except ValueError as problem:
             file.findings.append(error(module, str(problem), _HINT))
             continue

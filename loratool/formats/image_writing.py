@@ -88,7 +88,8 @@ def write(adapter: Adapter, architecture: Architecture | None, style: Style, opt
     header = metadata.updated(adapter, architecture, [m.weight for m in modules if m.weight], options, notes)
     if style.alpha == "metadata":
         header |= {"format": "pt", **_configs(modules, adapter, architecture)}
-    file = TensorFile.new(options["file"], tensors, header, metadata.DIGESTS)
+    # hashes cost as much as writing the file: they are for those who keep them, sd-scripts and the webuis
+    file = TensorFile.new(options["file"], tensors, header, metadata.DIGESTS if style.flat else ())
     return Written((file,), tuple(losses), tuple(dict.fromkeys(notes)))
 
 
@@ -101,13 +102,14 @@ def _require_one_spelling(
     adapter: Adapter, architecture: Architecture, style: Style, families: Sequence[Architecture]
 ) -> None:
     """Raise AmbiguityError where other families that explain the adapter too would spell it differently."""
+    families = [f for f in families if f.name != architecture.name]
     own = adapter.origin.modules if adapter.origin.format == style.name else {}
 
     def names(family: Architecture) -> list[str]:
         paths = {t: tuple(p.removesuffix(".bias") for p in t.parts) for t in adapter.targets}
         return [_name(t, paths[t], own, family, style)[0] for t in paths]
 
-    mine = names(architecture)
+    mine = names(architecture) if families else []
     others = [f.name for f in families if (theirs := names(f)) != mine and any(theirs)]
     if others:
         raise AmbiguityError(

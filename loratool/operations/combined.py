@@ -181,7 +181,7 @@ class CombineModule:
         if not bool(torch.isfinite(svd.sigma).all()):
             raise InputError("the factors hold NaN or infinity", where=self.key)
         narrow = getattr(torch, dtypes.torch_name(self.dtype))
-        rule, sigma = self.rule or EVERYTHING, svd.sigma
+        rule, sigma = self.rule or EVERYTHING, svd.sigma.cpu()
         keep = rule.choose(
             sigma,
             auto=lambda s, _: rank.auto(s, torch.finfo(narrow).eps),

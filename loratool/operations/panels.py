@@ -85,7 +85,7 @@ class MergePanel:
             rounded = torch.empty_like(tile, dtype=narrow) if rounded is None or len(rounded) < len(tile) else rounded
             result = rounded[: len(tile)].copy_(tile)
             if narrow is not tile.dtype or not is_finite(result):
-                error = squared(tile.sub_(result))  # of the rounding, and not finite where a value is not
+                error = squared(tile.sub_(result.to(tile.dtype)))  # of the rounding; not finite where a value is not
                 if not isfinite(error):
                     raise InputError(what_overflows(tile, narrow), where=self.out.name)
                 lost += error

@@ -39,6 +39,7 @@ def finish(
     report.sources = {role: location.called(source) for role, source in report.sources.items()}
     if plan.inputs:
         report.ledger = ledger.close(plan.inputs, plan.units, plan.files, plan.later)
+    location.forget()  # what follows is about the commits that were opened
     if out is None:
         report.dry_run = dry_run
         return report if dry_run else engine.measure(plan, resources, progress)
@@ -47,7 +48,7 @@ def finish(
         return _on_the_hub(plan, str(out), resources, progress, publish._replace(dry_run=dry_run))
     if publish._replace(command="") != _AS_TYPED:
         raise UsageError("--private, --create-pr, --message and --license are for an output on the Hub", where=out)
-    local = [str(path) for path in inputs if not location.is_remote(str(path))]
+    local = [str(path) for path in inputs if Path(path).exists()]
     names = [file.name for file in plan.files]
     check_target(Path(out), local, single_file=plan.single_file, force=force, names=names)
     if dry_run:

@@ -17,6 +17,7 @@ from loratool.errors import HubError, StorageError, UsageError
 from loratool.plan import Report
 from loratool.settings import Publishing
 from loratool.storage import hub, location, runs
+from loratool.storage.checkpoint import is_inside
 from loratool.storage.descriptor import Descriptor
 from loratool.storage.hub_names import HubName, parse
 
@@ -79,6 +80,8 @@ def files_in(paths: Sequence[str]) -> tuple[dict[str, Path], list[Finding]]:
             hidden = any(part.startswith(".") for part in Path(inside).parts)
             if hidden or runs.is_state(path.name) or path.name in PRIVATE:
                 left.append(inside)
+            elif root.is_dir() and not is_inside(path, root):
+                raise UsageError("this is a link that leads out of the folder", where=path, hint="push what it names")
             elif files.setdefault(inside, path) != path:
                 raise UsageError(f"two of the files would be called {inside!r}", where=text, hint="push them apart")
     if not files:

@@ -347,7 +347,9 @@ def _open_index(path: Path, allow_pickle: bool) -> Checkpoint:
         raise FormatError("the index's weight_map must map tensors to file names", where=path)
     shards: list[Shard] = []
     tensors: dict[str, TensorRef] = {}
-    for name in dict.fromkeys(weight_map.values()):
+    listed = list(dict.fromkeys(weight_map.values()))
+    location.look_ahead(_contained(path, name) for name in listed)
+    for name in listed:
         shard, found = _read(_contained(path, name), name, allow_pickle)
         if any(other.name == shard.name for other in shards):
             raise FormatError(f"two shards would be called {shard.name!r} as safetensors", where=path)

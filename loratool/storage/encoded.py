@@ -29,7 +29,8 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: Layers that transformers writes as (in, out), but turns round before bitsandbytes quantises them.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 #: Scales of quantised activations, which a 16-bit layer does not have.
-_ACTIVATIONS = ("input_scale", "input_scale_ub", "activation_scale", "output_scale")
+_ACTIVATIONS = ("input_scale", "input_scale_ub", "activation_scale", "output_scale", "scale_input")
+_MARKER = "scaled_fp8"
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
@@ -159,11 +160,16 @@ def fp8(
 ) -> Iterator[Found]:
     """Find fp8 weights with a scale of their own: `X` and `X_scale_inv` or `X_scale`, matrices or stacks of them.
 
+    ComfyUI calls the scale of `x.weight` `x.scale_weight`, and says so with a tensor `scaled_fp8`.
+
     `blocks` are the block sizes that the config names; the shape of the scales says whether they are one a block, a
     row, a column or a matrix. Both kinds of scale are factors, whatever they are called.
     """
+    markers = [name for name in tensors if name.endswith(_MARKER)]
     for name, ref in tensors.items():
-        scales = [f"{name}{end}" for end in ("_scale_inv", "_scale") if f"{name}{end}" in tensors]
+        module = name.removesuffix(".weight")
+        ends = (f"{name}_scale_inv", f"{name}_scale", f"{module}.scale_weight")
+        scales = [end for end in ends if end in tensors]
         if ref.dtype not in _FP8 or not scales:
             continue
         scale = tensors[scales[0]]
@@ -179,11 +185,10 @@ def fp8(
             replace(scale, shape=(count * grid[0], grid[1])),
         ]
         made = quantised(name, ref.shape, config_dtype(config, "BF16"), stored, Scaled("fp8", (rows, columns), tile))
-        module = name.removesuffix(".weight")
         spare = [other for end in _ACTIVATIONS for sep in "._" if (other := f"{module}{sep}{end}") in tensors]
-        yield Found(
-            made, f"fp8, {_called(tile, (rows, columns))}", name, (name, scales[0]), dict.fromkeys(spare, _SPARE)
-        )
+        fates = dict.fromkeys(spare, _SPARE)
+        fates |= {n: "says that the weights are scaled" for n in markers if name.startswith(n.removesuffix(_MARKER))}
+        yield Found(made, f"fp8, {_called(tile, (rows, columns))}", name, (name, scales[0]), fates)
 
 
 _SPARE = "scale of quantised activations"

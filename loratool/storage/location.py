@@ -34,8 +34,8 @@ _RANGES_CAP = 1024  # beyond, a file is fetched
 _NEAR = 1 << 16  # bytes between two ranges that are not worth a request
 _LASTS = 600.0  # seconds for which a branch is not asked for again
 
-#: Told what was understood of a name: which of two places, which commit.
-announce: Callable[[str], None] = lambda text: None  # noqa: E731
+#: Told of a source what was understood of it: which of two places, which commit.
+announce: Callable[[str, str], None] = lambda source, text: None  # noqa: E731
 
 
 class _Stub(NamedTuple):
@@ -88,7 +88,8 @@ def is_remote(source: str) -> bool:
 def forget() -> None:
     """Ask for branches again: between two runs of one process they may move."""
     with _lock:
-        _opened.clear()
+        for key in [key for key in _opened if not name_is_fixed(key[0])]:
+            del _opened[key]
 
 
 @contextmanager
@@ -118,7 +119,7 @@ def _parsed(source: str) -> HubName | None:
 def _find(source: str) -> _Opened | None:
     if not hub_names.is_address(source) and Path(source).exists():
         if hub_names.parse(source):
-            _say(f"{source}: the local path (hf://{source} is what the Hub has under this name)")
+            _say(source, f"{source}: the local path (hf://{source} is what the Hub has under this name)")
         return None
     name = hub_names.parse(source)
     if name is None:
@@ -138,10 +139,10 @@ def name_is_fixed(source: str) -> bool:
     return name is not None and name.is_commit
 
 
-def _say(text: str) -> None:
+def _say(source: str, text: str) -> None:
     if text not in _said:
         _said.add(text)
-        announce(text)
+        announce(source, text)
 
 
 def _open(source: str, name: HubName) -> _Opened:
@@ -158,12 +159,15 @@ def _open(source: str, name: HubName) -> _Opened:
             raise
         commit, root = cached
         fixed = name._replace(revision=commit)
-        _say(f"{name}: commit {commit}, from the cache{'' if hub.is_offline() else ': the Hub cannot be reached'}")
+        _say(
+            source,
+            f"{name}: commit {commit}, from the cache{'' if hub.is_offline() else ': the Hub cannot be reached'}",
+        )
     else:
         fixed = name._replace(revision=told.commit)
         hub.note_commit(name, told.commit)
         root = _mirrored(fixed._replace(path=""), told)
-        _say(f"{name}: commit {told.commit} on {hub.endpoint()}")
+        _say(source, f"{name}: commit {told.commit} on {hub.endpoint()}")
         cached = None
     inside = root / name.path if name.path else root
     if not inside.exists():
@@ -248,10 +252,18 @@ def read(path: Path, start: int, stop: int) -> bytes:
 
 
 def _extend(stub: _Stub, stop: int) -> None:
+    start, stop = len(stub.head), min(stop, stub.size)
+    data = _asked(stub, start, stop)
     with _lock:
-        stop = min(stop, stub.size)
-        if len(stub.head) < stop:
-            stub.head.extend(_asked(stub, len(stub.head), stop))
+        stub.head[start:] = data if len(data) > len(stub.head) - start else stub.head[start:]
+
+
+def look_ahead(paths: Iterable[Path]) -> None:
+    """Ask for the beginnings of many files at once, of those that are on the Hub."""
+    wanted = [path for path in dict.fromkeys(paths) if str(path) in _stubs and not _stubs[str(path)].head]
+    if len(wanted) > 1:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda path: read(path, 0, 8), wanted))
 
 
 def _asked(stub: _Stub, start: int, stop: int) -> bytes:

@@ -11,7 +11,7 @@ from loratool.operations.survey import Survey
 from loratool.patterns import flatten, selects
 from loratool.plugins import load
 from loratool.storage import checkpoint
-from loratool.tensors import TensorRef, TensorSource
+from loratool.tensors import TensorRef, TensorSource, module_of
 
 ZOO = every()
 CLASSES = {
@@ -116,6 +116,9 @@ def test_every_pattern_of_a_family_occurs_in_some_model(family: str, plugins):
     for one in (z for z in ZOO if z.family == family):
         seen |= {p.partition("[")[0] for p in meanings(architecture, record(one).disk, one.component)}
         seen |= {p.partition("[")[0] for p in meanings(architecture, record(one).memory, one.component)}
+        vectors = [n for n, shape in {**record(one).disk, **record(one).memory}.items() if len(shape) == 1]
+        norms = (architecture.find(module_of(n), one.component) for n in vectors)
+        seen |= {k.path for k in norms if k and k.layer.group == "norm"}
     inherited = {s for s, _ in plugins.architecture(architecture.like).skeletons()} if architecture.like else set()
     mine = [s for s, _ in architecture.skeletons() if s not in inherited]
     assert [s.text for s in mine if not any(s.match(p) is not None for p in seen)] == []

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.api import open_adapter
-from loratool.errors import AmbiguityError, FormatError, InputError, UsageError
+from loratool.errors import AmbiguityError, InputError, UsageError
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "down_proj", "lm_head"],

@@ -384,6 +384,24 @@ def test_the_command_line_pushes_pulls_and_says_which_commit(hub: Hub, base, ada
     assert run_main("arch", "detect", "me/merged") == 0
     assert run_main("inspect", "me/none") == 4
     assert run_main("resize", adapter, "-o", tmp_path / "x", "--rank", 1, "--private") == 2
+    assert run_main("convert", adapter, "-o", "hf://me/one", "--to", "kohya", "--arch", "llama") == 2
+    assert "hf://org/name/FILE.safetensors" in capsys.readouterr().err
+
+
+def test_a_local_path_that_looks_like_a_name_is_said_to_win(hub: Hub, adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "me/adapter")
+    assert run_main("inspect", "me/adapter") == 0
+    assert "me/adapter: the local path (hf://me/adapter is" in capsys.readouterr().err
+    assert not hub.requests
+
+
+def test_a_link_that_leads_out_of_the_folder_is_not_sent(hub: Hub, adapter, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (adapter / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(LoratoolError, match="leads out"):
+        loratool.push(adapter, to="me/adapter")
+    assert "me/adapter" not in hub.repos
 
 
 CANARY = "hf_canaryTOKENthatNoOutputMayHold"

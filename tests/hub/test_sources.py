@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_files import DOWN1, Q0, tensors_of_llama, write_adapter, write_base, write_sharded
+from tiny_files import DOWN1, Q0, factors, tensors_of_llama, write_adapter, write_base, write_sharded
 
 import loratool
 from loratool.errors import HubError
@@ -106,6 +106,23 @@ def test_merge_from_the_hub_is_merge_from_the_disk(hub: Hub, pair, tmp_path):
     assert record["sources"] == remote.sources == wanted
 
 
+def test_the_headers_of_many_shards_are_asked_for_once_each(hub: Hub, tmp_path):
+    hub.create("org/wide", write_sharded(tmp_path / "wide", shards=7))
+    hub.create("me/adapter", write_adapter(tmp_path / "adapter"))
+    with hub.counted() as requests:
+        loratool.merge("org/wide", ["me/adapter"], tmp_path / "out", dry_run=True)
+    asked = [r.path for r in requests if r.path.endswith(".safetensors")]
+    assert len(asked) == len(set(asked)) == 8
+
+
+def test_a_header_longer_than_the_first_look(hub: Hub, tmp_path):
+    shapes = {f"model.layers.{n}.self_attn.{p}_proj": (16, 16) for n in range(700) for p in "qk"}
+    folder = write_adapter(tmp_path / "deep", factors(shapes=shapes, rank=1), r=1)
+    assert int.from_bytes((folder / "adapter_model.safetensors").read_bytes()[:8], "little") > 300_000
+    hub.create("me/deep", folder)
+    assert loratool.inspect("me/deep").rows == loratool.inspect(folder).rows
+
+
 def test_a_dry_run_and_a_refusal_fetch_no_weights(hub: Hub, pair, tmp_path):
     odd = write_adapter(tmp_path / "odd", {f"base_model.model.{Q0}.lora_A.weight": torch.ones(4, 99)})
     hub.create("me/odd", odd)
@@ -140,7 +157,7 @@ def test_extract_resize_convert_compare_and_combine_take_names(hub: Hub, pair, t
 
 def test_verify_after_a_merge_from_the_hub(hub: Hub, pair, tmp_path):
     report = loratool.merge("org/base", ["me/adapter"], tmp_path / "out", verify=True)
-    assert report.totals["verified_rows"], report.totals
+    assert report.totals["verified_tensors"]
 
 
 def test_a_local_path_wins(hub: Hub, pair, tmp_path, monkeypatch):

@@ -41,6 +41,22 @@ def test_scales_multiply_the_weights_of_the_modules_that_a_pattern_selects(tmp_p
     assert_is(tmp_path / "out", {Q0: 0.8 * update(own, Q0), K1: 0.4 * update(own, K1), DOWN1: 1.2 * update(own, DOWN1)})
 
 
+def test_a_weight_for_one_part_of_a_fused_layer_leaves_the_other_rows_alone(tmp_path: Path):
+    name, generator = "double_blocks.0.img_attn.qkv", torch.Generator().manual_seed(1)
+    base, adapter, stem = (
+        tmp_path / "base.safetensors",
+        tmp_path / "one.safetensors",
+        f"lora_unet_{name.replace('.', '_')}",
+    )
+    down, up = torch.randn(4, 16, generator=generator), torch.randn(48, 4, generator=generator)
+    save_file({f"{name}.weight": torch.zeros(48, 16)}, base)
+    lora = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(4.0)}
+    save_file(lora, adapter)
+    loratool.merge(base, [adapter], tmp_path / "out.safetensors", scales={"to_k": 0.5}, arch="flux")
+    expected = torch.cat([up[:16] @ down, 0.5 * up[16:32] @ down, up[32:] @ down])
+    torch.testing.assert_close(load_file(tmp_path / "out.safetensors")[f"{name}.weight"], expected)
+
+
 def test_an_adapter_config_gives_each_adapter_its_weight_and_modules(tmp_path: Path):
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "one")

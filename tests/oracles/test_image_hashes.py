@@ -16,7 +16,7 @@ import loratool
 from loratool.plan import Digest
 from loratool.storage import digests, safetensors
 
-STYLES = ("kohya", "comfy", "diffusers", "onetrainer", "onetrainer-legacy", "lycoris", "ai-toolkit")
+STYLES = ("kohya", "onetrainer", "onetrainer-legacy", "lycoris")
 WINDOW = slice(0x100000, 0x110000)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -127,12 +127,12 @@ def test_the_data_lies_in_the_library_s_order():
 
 
 def test_a_file_is_hashed_without_torch(style, tmp_path):
-    code = "import sys, loratool; loratool.convert(*sys.argv[1:], to='comfy'); assert 'torch' not in sys.modules"
+    code = "import sys, loratool; loratool.convert(*sys.argv[1:], to='lycoris'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, style, tmp_path / "new.safetensors"], check=True)
 
 
 def test_the_self_check_still_sees_a_whole_header(style, tmp_path):
-    loratool.convert(style, tmp_path / "new.safetensors", to="comfy")
+    loratool.convert(style, tmp_path / "new.safetensors", to="lycoris")
     header = safetensors.read_header(tmp_path / "new.safetensors")
     assert len(header.raw) % 8 == 0
     assert "0" * 64 not in header.metadata.values()

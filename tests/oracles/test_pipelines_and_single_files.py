@@ -233,3 +233,26 @@ def test_a_merged_model_is_compared_with_its_base_however_it_is_spelled(case, tm
     rows = {row["module"]: row["changed"] for row in report.rows}
     denoiser = [changed for module, changed in rows.items() if "text" not in module and "cond" not in module]
     assert sum(denoiser) == changed
+
+
+def test_comfyuis_scaled_fp8_is_merged_into_the_numbers_that_it_stands_for(tmp_path):
+    case = Case("flux", tmp_path)
+    name = "model.diffusion_model.double_blocks.0.img_attn.qkv"
+    scale = torch.tensor(0.5)
+    codes = (case.single[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
+    marker = {"model.diffusion_model.scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    stored = {**case.single, f"{name}.weight": codes, f"{name}.scale_weight": scale, **marker}
+    save_file(stored, tmp_path / "fp8.safetensors")
+    loratool.merge(
+        tmp_path / "fp8.safetensors",
+        [case.adapter],
+        tmp_path / "out.safetensors",
+        dtype="float32",
+        target="transformer:**",
+    )
+    merged = load_file(tmp_path / "out.safetensors")
+    parts = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    updates = [up @ down for down, up in (case.pairs["transformer"][part] for part in parts)]
+    expected = codes.float() * scale + torch.cat(updates)
+    torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=1e-2, atol=1e-2)
+    assert not set(merged) & {*marker, f"{name}.scale_weight"}
