@@ -44,6 +44,13 @@ class OnDevice(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        assert force, "its memory is not the CPU's"
+        return self.inner.numpy()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise AssertionError(f"{func} of the device in a thread that does not know of it")

@@ -29,7 +29,7 @@ def compress(ups: torch.Tensor, downs: torch.Tensor, rank: int | None = None) ->
     rights = (torch.linalg.solve_triangular(La.mT, V, upper=True).mT * Ea[:, None]) @ downs  # (b, k, n)
     return [
         fix_signs(lefts[i], S[i], rights[i]) if good else compress_one(ups[i], downs[i], rank)
-        for i, good in enumerate(well.cpu().tolist())
+        for i, good in enumerate(well.tolist())
     ]
 
 

@@ -190,7 +190,7 @@ def squared(tensor: torch.Tensor) -> float:
 
 def digest(tensor: torch.Tensor) -> bytes:
     """Return what tells tensors apart, to sort them by."""
-    return sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).digest()
+    return sha256(tensor.contiguous().numpy(force=True).tobytes()).digest()
 
 
 def what_overflows(lost: torch.Tensor, narrow: torch.dtype) -> str:

@@ -26,9 +26,9 @@ from loratool.errors import LoratoolError, StorageError
 from loratool.storage import location
 
 COMMANDS = (
-    *("inspect", "merge", "combine", "extract", "resize", "convert", "compare", "push"),
-    *("pull", "arch", "formats", "methods", "plugins", "demo"),
-)
+    "inspect", "merge", "combine", "extract", "resize", "convert", "compare",
+    "push", "pull", "arch", "formats", "methods", "plugins", "demo",
+)  # fmt: skip
 
 
 class LazyGroup(click.Group):

@@ -22,6 +22,7 @@ Examples:
 @click.option("-o", "--out", required=True, metavar="PATH", help="The folder to write; of a single file, a file.")
 @options.force
 @options.dry_run
+@options.plugin
 @options.token_file
 @options.shown
 def command(repo: str, **settings: Any) -> Report:

@@ -7,31 +7,35 @@ from pathlib import Path
 from loratool import engine
 from loratool.adapter import Finding
 from loratool.engine import EVERYTHING
+from loratool.errors import HubError
 from loratool.plan import CopiedFile, Plan, Report, Settled
 from loratool.storage import location
 from loratool.storage.target import check_target
-
-_HIDDEN = (".gitattributes", ".gitignore")
 
 
 def pull(repo: str, out: Path, *, dry_run: bool, force: bool) -> Report:
     """Write the files of a repository to a folder, or one file of it to a file."""
     place = location.place(repo)
     single = place.is_file()
-    found = [place] if single else sorted(p for p in place.rglob("*") if p.is_file() and not _is_hidden(p, place))
-    names = {path: out.name if single else path.relative_to(place).as_posix() for path in found}
+    every = [place] if single else sorted(p for p in place.rglob("*") if p.is_file())
+    names = {path: out.name if single else path.relative_to(place).as_posix() for path in every}
+    left = [] if single else [name for name in names.values() if _stays(name)]
+    taken = {name: path for path, name in names.items() if name not in left}
     report = Report("pull", {"repository": location.called(repo)}, out=str(out), dry_run=dry_run)
-    report.rows = [{"file": name, "bytes": location.size(path)} for path, name in names.items()]
-    report.totals = {"files": len(found), "bytes": sum(row["bytes"] for row in report.rows)}
-    if not found:
-        report.findings.append(Finding("warning", repo, "there are no files in it"))
-    files = tuple(CopiedFile(name, str(path)) for path, name in names.items() if name != "loratool.report.json")
-    check_target(out, (), single_file=single, force=force, names=list(names.values()))
+    report.rows = [{"file": name, "bytes": location.size(path)} for name, path in taken.items()]
+    report.totals = {"files": len(taken), "bytes": sum(row["bytes"] for row in report.rows)}
+    if not taken:
+        raise HubError("there are no files in it", where=location.called(repo), hint="is it the right branch?")
+    if left:
+        report.findings.append(Finding("info", repo, f"not fetched: {', '.join(left)}"))
+    check_target(out, (), single_file=single, force=force, names=list(taken))
     if dry_run:
         return report
+    files = tuple(CopiedFile(name, str(path)) for name, path in taken.items())
     plan = Plan((), report, lambda facts, spooled: Settled(report), files, single)
     return engine.execute(plan, out, EVERYTHING, force=force, progress=None)
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    return path.name in _HIDDEN or any(part.startswith(".") for part in path.relative_to(root).parts)
+def _stays(name: str) -> bool:
+    """Whether a file is the repository's own business, or would be replaced by the report of this run."""
+    return name == "loratool.report.json" or any(part.startswith(".") for part in name.split("/"))

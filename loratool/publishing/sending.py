@@ -57,6 +57,7 @@ def target(repo: str, publishing: Publishing) -> Target:
         name = name._replace(revision=publishing.revision)
     if name.is_commit:
         raise UsageError("a commit cannot be written to", where=name, hint="name a branch, or leave it out for main")
+    location.warn_of_open_endpoint()
     if hub.is_offline():
         raise HubError("HF_HUB_OFFLINE is set", where=name, hint="run it again with HF_HUB_OFFLINE=0")
     try:

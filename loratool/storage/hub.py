@@ -15,7 +15,7 @@ from glob import escape
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from loratool.errors import HubError, LoratoolError, StorageError, UsageError
 from loratool.storage.hub_names import HubName
@@ -65,6 +65,12 @@ def endpoint() -> str:
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def is_open() -> bool:
+    """Whether what is sent to the Hub, tokens included, can be read on the way: neither https nor this machine."""
+    parts = urlsplit(endpoint())
+    return parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "localhost", "::1")
 
 
 def is_offline() -> bool:

@@ -145,9 +145,18 @@ def _say(source: str, text: str) -> None:
         announce(source, text)
 
 
+def warn_of_open_endpoint() -> None:
+    """Say that others can read along, where HF_ENDPOINT is neither https nor on this machine."""
+    from loratool.storage import hub
+
+    if hub.is_open():
+        _say("HF_ENDPOINT", f"warning: {hub.endpoint()} is not https: others can read tokens and files on the way")
+
+
 def _open(source: str, name: HubName) -> _Opened:
     from loratool.storage import hub
 
+    warn_of_open_endpoint()
     try:
         if hub.is_offline():
             raise HubError("HF_HUB_OFFLINE is set, and the cache has no such revision", where=name, hint=_GET_ONCE)

@@ -54,8 +54,13 @@ def plugins():
     return load()
 
 
+def named(value: object) -> str:
+    """A test's id: functions by name, for their addresses differ between the processes that share the tests out."""
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize("bare", [True, False], ids=["bare", "prefixed"])
-@pytest.mark.parametrize(("one", "converter"), CHECKPOINTS, ids=str)
+@pytest.mark.parametrize(("one", "converter"), CHECKPOINTS, ids=named)
 def test_every_row_of_a_checkpoint_is_where_diffusers_puts_it(one, converter, bare, plugins):
     bare = bare or one is LUMINA  # whose converter loses sight of names that begin with more
     architecture = plugins.architecture(one.family)
@@ -125,7 +130,7 @@ ADAPTERS = [
 ]
 
 
-@pytest.mark.parametrize(("one", "spelling", "converter", "keep"), ADAPTERS, ids=str)
+@pytest.mark.parametrize(("one", "spelling", "converter", "keep"), ADAPTERS, ids=named)
 def test_an_adapter_in_the_original_spelling_means_what_diffusers_reads(one, spelling, converter, keep, plugins):
     file, expected = adapter(plugins.architecture(one.family), one, spelling, keep)
     if one is LUMINA:  # nothing but the blocks

@@ -15,6 +15,8 @@ from tiny_files import environment
 
 from loratool.testing.hub import READ_TOKEN, Hub
 
+pytest_plugins = ["hub_fixtures"]
+
 BLOB = os.urandom(300_000)
 
 

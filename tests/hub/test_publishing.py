@@ -18,6 +18,8 @@ from loratool import Publishing
 from loratool.errors import HubError, LoratoolError
 from loratool.testing.hub import READ_TOKEN, Hub
 
+pytest_plugins = ["hub_fixtures"]
+
 
 def metadata(card: bytes | str) -> dict:
     text = card.decode() if isinstance(card, bytes) else card
@@ -356,6 +358,7 @@ def test_pull_of_a_folder_or_a_file(hub: Hub, tmp_path):
     assert (tmp_path / "z.json").read_text() == "1"
     report = loratool.pull("me/many", tmp_path / "no", dry_run=True)
     assert report.totals["files"] == 3
+    assert any(".gitattributes" in f.what for f in report.findings)
     assert not (tmp_path / "no").exists()
 
 

