@@ -56,7 +56,8 @@ def read(source: TensorSource, architectures: Sequence[Architecture], format: st
     families, known = found.families, dict(found.known)
     if not families and file.modules:
         families, known = _best(file.modules, candidates)
-        what = f"the {families[0]} family has no such module" if families else "no family has such a module"
+        only = families or tuple(a.name for a in architectures if len(architectures) == 1)
+        what = f"the {only[0]} family has no such module" if only else "no family has such a module"
         hint = "loratool arch lists the families, --arch chooses, -p FILE adds one"
         strange = [m for m in file.modules if m not in known]
         file.findings += [error(m, what, hint) for m in strange]
