@@ -565,7 +565,9 @@ def test_a_kohya_alpha_that_is_no_strength_is_refused(
     name = "lora_te_model_layers_0_self_attn_q_proj"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 16), f"{name}.lora_up.weight": torch.ones(16, 2)}
     save_file({**tensors, f"{name}.alpha": torch.tensor(alpha)}, tmp_path / "a.safetensors")
-    refused(INPUT, "merge", "base", "a.safetensors", "-o", "out", says=(f"{name}.alpha", "must be a number"), hint=False)
+    refused(
+        INPUT, "merge", "base", "a.safetensors", "-o", "out", says=(f"{name}.alpha", "must be a number"), hint=False
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
