@@ -111,8 +111,11 @@ def by_names_of(
         path = adapter.origin.path
         others = _families_of(adapter, every, plugins)
         both = next((a.name for a in fitting if _families_of(adapter, (a,), plugins)), "")
-        if both and (misread or {a.name for a in fitting}.issuperset(others)):  # else the names may mean another model
+        if both:
             hint = f"{both} knows the names of {path} and every weight of this base: --arch {both}"
+            strangers = [name for name in others if name not in {a.name for a in fitting}]
+            if strangers and not misread:
+                hint += f", unless it is an adapter for {' or '.join(strangers[:3])}"
             return MismatchError(problem.what, where=problem.where, hint=hint)
         if not adapter.families and others:
             hint = (

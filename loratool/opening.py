@@ -49,7 +49,23 @@ def open_adapter(
     families = plugins.architectures()
     if arch:
         families = (plugins.architecture(arch) if isinstance(arch, str) else arch,)
-    return formats[0].read(source, families)
+    opened = formats[0].read(source, families)
+    return opened if arch else _as_its_base(opened, plugins)
+
+
+def _as_its_base(adapter: Adapter, plugins: Plugins) -> Adapter:
+    """Return an adapter that fits several families as one for that of the model it names, if that model is here."""
+    possible = (*adapter.families, *adapter.rivals)
+    if len(possible) < 2 or not adapter.base_model or not checkpoint.exists(adapter.base_model):
+        return adapter
+    try:
+        config = checkpoint.config_of(adapter.base_model)
+        family = of_config(adapter.base_model, config, plugins) if config else None
+    except LoratoolError:  # only a name in a config
+        return adapter
+    if family is None or family.name not in possible:
+        return adapter
+    return read_as(adapter, family, plugins) if adapter.rivals else replace(adapter, families=(family.name,))
 
 
 def to_rewrite(

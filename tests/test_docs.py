@@ -10,15 +10,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytest_plugins = ["hub_fixtures"]
 
 
 def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    """The fenced blocks of a page in one language."""
+    every = re.findall(r"^```([^\n]*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [block for name, block in every if name == language]
 
 
 def test_the_command_reference_is_what_the_commands_say():
     generated = runpy.run_path(str(ROOT / "docs/generate.py"))["page"]()
     assert generated == (ROOT / "docs/commands.md").read_text(), "run: python docs/generate.py"
+
+
+def commands_in(page: str, language: str = "") -> list[str]:
+    lines = [line for block in blocks(page, language) for line in block.splitlines()]
+    return [line for line in lines if line.startswith("loratool ")]
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +64,19 @@ def test_the_readme_shows_the_true_output(demo):
 
 
 def test_the_commands_of_the_readme_work_in_the_order_of_the_page(demo):
-    commands = [
-        line for block in blocks("README.md", "") for line in block.splitlines() if line.startswith("loratool ")
-    ]
+    commands = commands_in("README.md")
     assert len(commands) >= 8
     for command in commands:
         run(command, demo)
+
+
+def test_the_hub_commands_of_the_readme_work(demo, hub):
+    hub.create("org/base", demo / "base")
+    hub.create("org/adapter", demo / "lora")
+    for command in commands_in("README.md", "sh"):
+        run(command, demo)
+    assert "model.safetensors" in hub.files("me/merged")
+    assert "adapter_model.safetensors" in hub.files("me/lora", "refs/pr/1")
 
 
 def test_the_python_of_the_readme_works(demo):

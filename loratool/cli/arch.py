@@ -52,7 +52,7 @@ def list_(as_json: bool) -> None:
         for a in installed().architectures()
     ]
     for row in () if as_json else rows:
-        row |= {"model_types": fitted(row["model_types"], 29), "default_targets": fitted(row["default_targets"], 24)}
+        row |= {"model_types": fitted(row["model_types"], 26), "default_targets": fitted(row["default_targets"], 24)}
     render.findings(installed().findings)
     render.listing(rows, as_json=as_json)
 

@@ -29,7 +29,8 @@ class Model(NamedTuple):
         """What the family says of it."""
         from loratool.operations.survey import Survey
 
-        shapes = {name: ref.shape for name, ref in self.source.tensors.items()}
+        buffers = ("I64", "BOOL")  # positions, indices and masks that some files hold beside the weights
+        shapes = {name: ref.shape for name, ref in self.source.tensors.items() if ref.dtype not in buffers}
         return Survey(self.family.architecture, shapes, self.source.config or {})
 
 

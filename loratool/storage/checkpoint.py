@@ -107,7 +107,10 @@ class Checkpoint(TensorSource):
 
 def exists(text: str) -> bool:
     """Whether a source is a local path."""
-    return Path(text).exists()
+    try:
+        return Path(text).exists()
+    except OSError:  # too long for a name
+        return False
 
 
 def open_adapter(path: str, *, allow_pickle: bool = False) -> Checkpoint:

@@ -288,7 +288,7 @@ def test_experts_of_different_alphas_keep_them_in_their_own_spelling_and_are_ref
     for name in ("adapter", "same"):
         loratool.merge(tmp_path / "base", [tmp_path / name], tmp_path / f"out-{name}")
     assert all(torch.equal(t, tensors(tmp_path / "out-same")[n]) for n, t in tensors(tmp_path / "out-adapter").items())
-    with pytest.raises(LoratoolError, match="no name for a part"):
+    with pytest.raises(LoratoolError, match="has no name for it"):
         loratool.convert(tmp_path / "adapter", tmp_path / "k.safetensors", to="kohya", arch="gpt-oss")
 
 

@@ -290,7 +290,7 @@ def test_a_1x1_convolution_and_a_linear_layer_take_each_others_adapters(linear, 
     model, base = saved("unet", use_linear_projection=linear_base)
     trained = tiny("unet", use_linear_projection=linear_adapter)
     live, adapter = adapter_folder(trained, target_modules=["proj_in", "proj_out", "to_q"], r=4)
-    loratool.convert(adapter, tmp_path / "k.safetensors", to="kohya")
+    loratool.convert(adapter, tmp_path / "k.safetensors", to="kohya", arch="stable-diffusion")
     exact, bound = updates(live)
     assert len(exact) > 6
     for n, source in enumerate((adapter, tmp_path / "k.safetensors")):
