@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from loratool import expressions
-from loratool.adapter import Adapter, Finding
+from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture, plainest
 from loratool.deltas import Delta
 from loratool.errors import AmbiguityError, FormatError, LoratoolError, MismatchError
@@ -110,12 +110,9 @@ def by_names_of(
     for adapter in (a for a in adapters if a.origin.format and (misread or not a.families)):
         path = adapter.origin.path
         others = _families_of(adapter, every, plugins)
-        both = next((a.name for a in fitting if _families_of(adapter, (a,), plugins)), "")
+        both = next((a.name for a in fitting if _is_sized_for(adapter, base, a, plugins)), "")
         if both:
             hint = f"{both} knows the names of {path} and every weight of this base: --arch {both}"
-            strangers = [name for name in others if name not in {a.name for a in fitting}]
-            if strangers and not misread:
-                hint += f", unless it is an adapter for {' or '.join(strangers[:3])}"
             return MismatchError(problem.what, where=problem.where, hint=hint)
         if not adapter.families and others:
             hint = (
@@ -125,13 +122,42 @@ def by_names_of(
     return problem
 
 
-def _families_of(adapter: Adapter, architectures: tuple[Architecture, ...], plugins: Plugins) -> tuple[str, ...]:
-    """Return which of some families explain the names of an adapter that was read as one for another family."""
+def _is_sized_for(adapter: Adapter, base: TensorSource, family: Architecture, plugins: Plugins) -> bool:
+    """Whether a family explains the names of an adapter that was read otherwise, and its updates fit the weights.
+
+    The names alone may mean another model: GPT-2's are Qwen's, too.
+    """
+    read = _read(adapter, (family,), plugins)
+    if read is None or not read.families:
+        return False
+    sizes: dict[str, list[tuple[int, ...]]] = {}  # (out, in) of a path, and of the parts of a fused one
+    for path, shape in matrices(base.tensors).items():
+        known = family.find(path)
+        if known and len(known.parts) == 1:
+            part = known.parts[0]
+            for name in {part, part.partition("[")[0]}:
+                sizes.setdefault(name, []).append(shape[1::-1] if known.layer.transposed else shape[:2])
+
+    def fits_there(target: Target, delta: Delta) -> bool:
+        parts = [size for part in target.parts for size in sizes.get(part, ())]
+        whole = (sum(out for out, _ in parts), parts[0][1]) if parts else ()
+        return not all(part in sizes for part in target.parts) or 0 in delta.shape or delta.shape[:2] == whole
+
+    return all(fits_there(target, delta) for target, deltas in read.deltas.items() for delta in deltas)
+
+
+def _read(adapter: Adapter, architectures: tuple[Architecture, ...], plugins: Plugins) -> Adapter | None:
     source = TensorSource(adapter.origin.path, adapter.tensors, adapter.metadata, adapter.origin.config or None)
     try:
-        return plugins.format(adapter.origin.format).read(source, architectures).families
+        return plugins.format(adapter.origin.format).read(source, architectures)
     except LoratoolError:
-        return ()
+        return None
+
+
+def _families_of(adapter: Adapter, architectures: tuple[Architecture, ...], plugins: Plugins) -> tuple[str, ...]:
+    """Return which of some families explain the names of an adapter that was read as one for another family."""
+    read = _read(adapter, architectures, plugins)
+    return read.families if read else ()
 
 
 def _one_of_each(base: TensorSource) -> dict[str, tuple[int, ...]]:
