@@ -21,6 +21,7 @@ class ImageFormat:
 
     def __init__(self, name: str) -> None:
         self.style = STYLES[name]
+        self.differences = self.style.alpha == "tensor"  # `.diff`, `.diff_b`, where PEFT saves the module itself
         self.name = name
         self.summary = self.style.summary
 

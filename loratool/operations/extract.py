@@ -229,7 +229,7 @@ def plan(
     yardsticks = relative.weights_of(relative_to, architecture, {u.target: u.shape for u in modules})
     modules = [replace(u, against=yardsticks[u.target]) for u in modules]
     others = [*paired.others, *(alike(new, old) for t, (new, old) in paired.matrices.items() if t not in chosen)]
-    remaining = rest_units(others, rest)
+    remaining = rest_units(others, rest, differences=getattr(format, "differences", False))
     report.totals["modules"] = len(modules)
     report.rows = [_row(u, paired.matrices[u.target][0].role) for u in modules]
     report.findings += extracted.full_rank(rule, modules)
@@ -276,7 +276,7 @@ class _Ending:
     def settle(self, facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
         """Write what the units found."""
         report, (architecture, format, _) = self.report, self.out
-        saved, left_out = judge(self.remaining, facts, report, self.savable)
+        saved, left_out = judge(self.remaining, facts, report, self.savable, spooled)
         changed = [u for u in self.modules if not facts[u.key].get("same")]
         if not changed:
             report.findings += _nothing_changed(self.adapter.origin.path, allowed=self.allow_noop or bool(saved))

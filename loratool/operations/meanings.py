@@ -65,9 +65,12 @@ class Meanings:
                 found[bare_name(path, meaning.component, self.architecture)] = name, own
         return found
 
-    def parts(self, name: str) -> list[tuple[str, TensorRef]]:
-        """Return the bare names of what a tensor holds, and each as a tensor of its own, as it is on disk."""
-        meaning, ref = self.of[name], self.source.tensors[name]
+    def parts(self, name: str, instead: TensorRef | None = None) -> list[tuple[str, TensorRef]]:
+        """Return the bare names of what a tensor holds, and each as a tensor of its own, as it is on disk.
+
+        Or as it is in another tensor of the same layout.
+        """
+        meaning, ref = self.of[name], instead or self.source.tensors[name]
         bare = [bare_name(path, meaning.component, self.architecture) for path in meaning.paths]
         return [(one, self._held(ref, self.by_name[one][1])) for one in bare]
 

@@ -1,7 +1,7 @@
 """What of a fine-tune is no low-rank delta: norms, biases, new heads, resized embeddings. Compared, and kept if asked.
 
 `--rest error` refuses a change here, `skip` leaves it out and says how much that is, `save` puts the tensors themselves
-into the adapter: modules to save, trained biases.
+into the adapter: modules to save, trained biases. Files of image tools hold what was added instead: `.diff`, `.diff_b`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from loratool.adapter import Finding, Target
 from loratool.architecture import Architecture
-from loratool.deltas import Delta, Replace
+from loratool.deltas import Delta, Full, Replace
 from loratool.errors import InputError
 from loratool.operations.meanings import Meanings
-from loratool.plan import Emit, Facts, Load, Out, Report
+from loratool.plan import Emit, Facts, Load, Out, Report, Spooled
 from loratool.tensors import TensorRef, TensorSource
 
 TILE = 1 << 20
@@ -25,7 +25,10 @@ Pair = tuple[TensorRef, TensorRef | None]  # of the tuned model, and of the base
 
 @dataclass(frozen=True)
 class CompareRest:
-    """Tensors that are not extracted: are they the same in both checkpoints? With `refuse`, a change is an error."""
+    """Tensors that are not extracted: are they the same in both checkpoints? With `refuse`, a change is an error.
+
+    Where there is an out, it is for the difference of the one pair, in fp32.
+    """
 
     pairs: tuple[Pair, ...]
     refuse: bool
@@ -51,6 +54,10 @@ class CompareRest:
         changed: dict[str, float] = {}
         for tuned, base in self.pairs:
             total = _change(tuned, base, load)
+            if total and self.outs and base is not None:
+                for start, stop in tuned.panels(TILE):
+                    new = load(tuned.rows(start, stop)).double()
+                    emit(self.outs[0], start, (new - load(base.rows(start, stop)).double()).float())
             if total is not None:  # the experts of a stack have one name
                 changed[tuned.name] = changed.get(tuned.name, 0.0) + total
         if changed and self.refuse:
@@ -92,10 +99,10 @@ def same_bytes(one: TensorRef, two: TensorRef, load: Load) -> bool:
     )
 
 
-def rest_units(others: Sequence[Pair], rest: str) -> list[CompareRest]:
+def rest_units(others: Sequence[Pair], rest: str, *, differences: bool) -> list[CompareRest]:
     """Return the comparisons of what is not extracted: one unit, to run first, where a change is an error.
 
-    Nobody should wait for every SVD to be told that a norm changed.
+    Nobody should wait for every SVD to be told that a norm changed. With `differences` that is what is saved.
     """
     compared = tuple(map(_in_rows, others))
     if rest == "error":
@@ -103,7 +110,17 @@ def rest_units(others: Sequence[Pair], rest: str) -> list[CompareRest]:
     named: dict[str, list[Pair]] = {}
     for pair in compared:
         named.setdefault(pair[0].name, []).append(pair)
-    return [CompareRest(tuple(pairs), refuse=False) for pairs in named.values()]
+    keep = differences and rest == "save"
+    return [
+        CompareRest(tuple(pairs), refuse=False, outs=_difference(pairs) if keep else ()) for pairs in named.values()
+    ]
+
+
+def _difference(pairs: Sequence[Pair]) -> tuple[Out, ...]:
+    """Return where the difference of a tensor goes, if the base has one of its shape."""
+    (tuned, base), *more = pairs
+    same = base is not None and base.shape == tuned.shape and not more
+    return (Out("", f"difference of {tuned.name}", tuned.shape, "F32"),) if same else ()
 
 
 class Rest(NamedTuple):
@@ -127,8 +144,10 @@ class Savable(NamedTuple):
     together: frozenset[str] = frozenset()
 
 
-def judge(units: Sequence[CompareRest], facts: Mapping[str, Facts], report: Report, savable: Savable) -> Rest:
-    """Name in the report what changed; keep of it, whole, what is savable."""
+def judge(
+    units: Sequence[CompareRest], facts: Mapping[str, Facts], report: Report, savable: Savable, spooled: Spooled
+) -> Rest:
+    """Name in the report what changed; keep of it what is savable: whole, or what was added to it."""
     tuned, architecture, layers = savable.tuned, savable.architecture, savable.layers
     changed: dict[str, float] = {}
     for unit in units:
@@ -140,20 +159,26 @@ def judge(units: Sequence[CompareRest], facts: Mapping[str, Facts], report: Repo
     meanings = Meanings(tuned, architecture)
     lacking = _lacking(meanings, layers)
     saved: dict[Target, tuple[Delta, ...]] = {}
+    added = {}
+    for unit in (u for u in units if u.outs and facts[u.key]["changed"]):
+        name = unit.pairs[0][0].name
+        added[name] = spooled(unit.outs[0].name, tuned.tensors[name].shape).renamed(name)
     for name in kept:
         module = name.rpartition(".")[0]
         alone = f"{module}.weight" in layers and name != f"{module}.weight"
-        for sibling in [name] if alone else _tensors_of(module, tuned):
+        for sibling in [name] if alone or name in added else _tensors_of(module, tuned):
             component, paths = meanings.of[sibling][:2]
-            for path, (_, ref) in zip(paths, meanings.parts(sibling), strict=True):
-                saved[Target(component, (_canonical(path, component, architecture, lacking),))] = (Replace(ref),)
+            for path, (_, ref) in zip(paths, meanings.parts(sibling, added.get(name)), strict=True):
+                delta = Full(ref) if name in added else Replace(ref)
+                saved[Target(component, (_canonical(path, component, architecture, lacking),))] = (delta,)
     if left:
         what = f"{len(left)} changed tensors are not in the adapter: {_listed(left)}"
         report.findings.append(Finding("warning", "--rest skip" if not kept else "left out", what))
         report.totals["skipped_tensors"] = left
     if kept:
-        size = sum(savable.tensors[name].nbytes for name in kept)
-        what = f"{len(kept)} tensors are in the adapter whole, not as low-rank deltas ({size:,} bytes): {_listed(kept)}"
+        size = sum((added.get(name) or savable.tensors[name]).nbytes for name in kept)
+        how = "as differences" if added else "whole"
+        what = f"{len(kept)} tensors are in the adapter {how}, not as low-rank deltas ({size:,} bytes): {_listed(kept)}"
         report.totals["saved_bytes"] = size
         report.findings.append(Finding("info", "--rest save", what))
         report.totals["saved_tensors"] = kept

@@ -359,3 +359,30 @@ def test_numbers_that_are_none_are_named(name, value, saved, tmp_path):
         loratool.extract(tmp_path / "tuned", base, tmp_path / "out", rank=2, rest="save")
     assert name in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfy", "lycoris"])
+def test_norms_and_biases_are_differences_in_the_files_of_image_tools(to, saved, tmp_path):
+    """LyCORIS' `.diff` and `.diff_b` are what is added to a weight and to a bias, in fp32 here."""
+    model, base = saved("unet")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm1.weight", "norm2.bias", "conv1.bias")):
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "a.safetensors"
+    loratool.extract(
+        tmp_path / "tuned", base, file, rank=2, rest="save", to=to, arch="stable-diffusion", allow_noop=True
+    )
+    written = {
+        name: t for name, t in load_file(file).items() if name.endswith((".diff", ".diff_b", "w_norm", "b_norm"))
+    }
+    changed = [t - before[name] for name, t in model.state_dict().items() if not torch.equal(t, before[name])]
+    assert len(written) == len(changed) > 10
+    assert {tuple(t.flatten().tolist()) for t in written.values()} == {tuple(t.flatten().tolist()) for t in changed}
+    loratool.merge(base, [file], tmp_path / "merged", arch="stable-diffusion")
+    merged = load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6)
