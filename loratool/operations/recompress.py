@@ -18,6 +18,7 @@ from loratool.adapter import Adapter, Target
 from loratool.architecture import Architecture
 from loratool.deltas import Delta, Dora, Full, LoHa, LoKr, LowRank, Replace, Taken, Tokens
 from loratool.errors import InputError, MismatchError
+from loratool.layers import Layer
 from loratool.operations import relative
 from loratool.operations.ranks import Rule
 from loratool.plan import Emit, Facts, Load, Out, Spooled
@@ -184,7 +185,13 @@ def factors_of(delta: Delta, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(delta, LoKr):
         return _kronecker(delta, load)
     tensors = [finite(ref, load) for ref in delta.refs]
-    if isinstance(delta, LoHa):
+    if isinstance(delta, Full):  # the update itself and an identity
+        import torch
+
+        whole = tensors[0].double().flatten(1)
+        unit = torch.eye(min(whole.shape), dtype=torch.float64, device=whole.device)
+        up, down = (whole, unit) if whole.shape[0] >= whole.shape[1] else (unit, whole)
+    elif isinstance(delta, LoHa):
         w1_a, w1_b, w2_a, w2_b, *cores = (t.double() for t in tensors)
         if cores:
             w1_a, w1_b = lowrank.tucker_factors(w1_a.T, cores[0], w1_b)
@@ -240,6 +247,8 @@ def inner_rank(delta: Delta) -> int:
         r1 = min(out1, in1, delta.w1[-1].shape[0] if len(delta.w1) == 2 else out1)
         rows, columns = out // out1, prod(rest) // in1
         return r1 * min(rows, columns, delta.w2[-1].shape[0] if len(delta.w2) == 2 and not delta.on_last else rows)
+    if isinstance(delta, Full):
+        return min(delta.matrix_shape)
     return delta.rank
 
 
@@ -273,15 +282,17 @@ def recompressible(
     """Return the deltas that have factors, and those that are kept as they are; raise, by name, where one is neither.
 
     A sum that no format has a name for (DoRA and something else on one module) is refused, and so is a convolution
-    whose kernel its factors do not show.
+    whose kernel its factors do not show. What resize makes low-rank includes dense updates of matrices (`.diff`).
     """
     factored: dict[Target, tuple[Delta, ...]] = {}
     kept: dict[Target, tuple[Delta, ...]] = {}
     problems: list[str] = []
     for target in adapter.targets:
         deltas = adapter.deltas[target]
-        products = tuple(d for d in deltas if has_factors(d))
-        others = tuple(d for d in deltas if is_whole(d))
+        known = architecture.find(target.parts[0], target.component) if architecture else None
+        dense = known is not None and verb == "resize" and _is_plain_matrix(known.layer)
+        products = tuple(d for d in deltas if has_factors(d) or (dense and type(d) is Full and len(d.shape) > 1))
+        others = tuple(d for d in deltas if is_whole(d) and d not in products)
         strange = [d for d in deltas if d not in products and d not in others]
         if strange:
             problems.append(f"{target}: {strange[0].kind}")
@@ -290,7 +301,6 @@ def recompressible(
             raise MismatchError(
                 "DoRA and another delta on one module: no adapter can hold their sum", where=str(target), hint=_MERGE
             )
-        known = architecture.find(target.parts[0], target.component) if architecture else None
         inner = [d.inner if isinstance(d, Dora) else d for d in products]
         hidden = any(isinstance(d, (LoHa, LoKr)) and len(d.shape) == 2 for d in inner)
         if known and known.layer.kind.startswith("conv") and hidden:
@@ -305,6 +315,11 @@ def recompressible(
         what = f"{verb} needs an update that is a product of factors, and this kind {_NO_FACTORS}"
         raise InputError("\n  ".join([what, *listed]), where=adapter.origin.path, hint=_MERGE)
     return factored, kept
+
+
+def _is_plain_matrix(layer: Layer) -> bool:
+    """Whether a stored weight is (out, in, *kernel)."""
+    return not layer.transposed and (layer.kind == "linear" or layer.kind.startswith("conv"))
 
 
 _MERGE = "loratool merge it into its base, then loratool extract from the result; or leave the module out (--exclude)"

@@ -6,7 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_peft_loads_ours import load_in_peft
 
 import loratool
@@ -192,3 +192,28 @@ def test_padding_gives_every_module_one_rank_and_changes_nothing(model, pad, tin
     assert {m.scaling["default"] for m in modules} == {1.0}
     assert report.totals["padded_to"] == rank
     assert json.loads((tmp_path / "padded" / "adapter_config.json").read_text())["rank_pattern"] == {}
+
+
+@pytest.mark.parametrize("transpose", [False, True], ids=["tall", "wide"])
+def test_a_dense_diff_becomes_the_best_low_rank_update_there_is(transpose, tmp_path):
+    """LyCORIS' `full` files (`.diff`): Eckart-Young by numpy in fp64; a norm's `.diff` stays as it is."""
+    conv, norm = "lora_unet_mid_block_resnets_0_conv1", "norm1"
+    attention = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    shape = (24, 40) if transpose else (40, 24)
+    tensors = {
+        f"{attention}.diff": torch.randn(*shape),
+        f"{conv}.diff": torch.randn(16, 8, 3, 3),
+        f"lora_unet_mid_block_resnets_0_{norm}.w_norm": torch.randn(8),
+    }
+    save_file(tensors, tmp_path / "full.safetensors")
+    loratool.resize(tmp_path / "full.safetensors", tmp_path / "small.safetensors", rank=5, arch="stable-diffusion")
+    small = load_file(tmp_path / "small.safetensors")
+    assert {n for n in small if n.endswith("norm")} == {f"lora_unet_mid_block_resnets_0_{norm}.w_norm"}
+    for module in (attention, conv):
+        whole = tensors[f"{module}.diff"].double().flatten(1)
+        up, down = (small[f"{module}.lora_{side}.weight"].double().flatten(1) for side in ("up", "down"))
+        scale = float(small[f"{module}.alpha"]) / 5 if f"{module}.alpha" in small else 1.0
+        best = torch.linalg.svdvals(whole)[5:].square().sum().sqrt()
+        assert down.shape[0] == 5
+        torch.testing.assert_close((whole - scale * up @ down).norm(), best, rtol=1e-6, atol=0)
+    assert small[f"{conv}.lora_down.weight"].shape == (5, 8, 3, 3)
