@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench examples format clean
 
 # torch comes first and pinned: a plain "torch" may bring gigabytes of GPU libraries
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -25,6 +25,13 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+examples: $(VENV)/.ready
+	@for script in examples/*.py; do \
+	  echo "== $$script"; start=$$(date +%s); \
+	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python $$script || exit 1; \
+	  echo "== $$script: $$(($$(date +%s) - start)) s"; \
+	done
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -1,16 +1,20 @@
 """Write docs/commands.md from the commands' own help, and what the commands of docs/combine.md print, into that page.
 
-Run it after changing an option or what a report says; tests compare. python docs/generate.py
+Run it after changing an option or what a report says; tests compare: python docs/generate.py
+What an example prints goes into its page, which takes a minute or two: python docs/generate.py --examples [NAME ...]
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import runpy
 import shlex
 import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +22,7 @@ import click
 
 PAGE = Path(__file__).parent / "commands.md"
 COMBINE = Path(__file__).parent / "combine.md"
+ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(
     r"^```(?:json file=(?P<file>\S+)\n(?P<content>.*?)|\n\$ (?P<line>loratool [^\n]*)\n(?P<told>.*?))^```$", re.M | re.S
 )
@@ -89,7 +94,24 @@ def worked(text: str, folder: Path) -> str:
     return _BLOCK.sub(shown, text)
 
 
-if __name__ == "__main__":
+def with_output(text: str) -> str:
+    """Return the page of an example with what its script prints."""
+
+    def shown(block: re.Match[str]) -> str:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+        command = [sys.executable, *shlex.split(block["line"])[1:]]
+        told = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        printed = "\n".join(line.rstrip() for line in told.strip("\n").splitlines())
+        return f"```\n$ {block['line']}\n{printed}\n```"
+
+    return re.sub(r"^```\n\$ (?P<line>python examples/[^\n]*)\n.*?^```$", shown, text, flags=re.M | re.S)
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--examples"]:
+    for recipe in sorted((ROOT / "docs/recipes").glob("*.md")):
+        if recipe.stem in sys.argv[2:] or not sys.argv[2:]:
+            recipe.write_text(with_output(recipe.read_text()))
+elif __name__ == "__main__":
     PAGE.write_text(page())
     with tempfile.TemporaryDirectory() as temporary:
         COMBINE.write_text(worked(COMBINE.read_text(), Path(temporary)))

@@ -23,7 +23,8 @@ from loratool.tensors import TensorRef, TensorSource
 
 if TYPE_CHECKING:
     from loratool.api import combine, compare, convert, extract, inspect, merge, resize
-    from loratool.live import from_peft, to_peft
+    from loratool.initialising import init
+    from loratool.live import from_factors, from_peft, to_peft
     from loratool.publishing import pull, push
     from loratool.settings import Publishing
 
@@ -67,8 +68,10 @@ __all__ = [
     "concat",
     "convert",
     "extract",
+    "from_factors",
     "from_peft",
     "hookimpl",
+    "init",
     "inspect",
     "interleave_heads",
     "merge",
@@ -84,8 +87,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "init": "loratool.initialising",
     **dict.fromkeys(("combine", "compare", "convert", "extract", "inspect", "merge", "resize"), "loratool.api"),
-    **dict.fromkeys(("from_peft", "to_peft"), "loratool.live"),
+    **dict.fromkeys(("from_factors", "from_peft", "to_peft"), "loratool.live"),
     **dict.fromkeys(("pull", "push"), "loratool.publishing"),
     "Publishing": "loratool.settings",
 }

@@ -162,7 +162,7 @@ class Adapter:
         errors = [f for f in self.findings if f.level == "error"]
         if self.changed_base:
             what = f"{self.changed_base} changed the base model before training; this adapter fits that base only"
-            hint = "--init-adapter FOLDER: the adapter as it was saved before training (peft_model.save_pretrained)"
+            hint = "--init-adapter FOLDER: the adapter as it was saved before training, or the folder `initial` of init"
             errors.append(Finding("error", "init_lora_weights", what, hint))
         if errors:
             lines = [f"{f.where}: {f.what}" for f in errors[:12]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Unpack
 
 from loratool import engine
@@ -25,6 +26,7 @@ from loratool.opening import (
     hashed,
     incomplete,
     open_adapter,
+    path_of,
     plugins_of,
     spelling,
     to_compare,
@@ -37,7 +39,7 @@ from loratool.opening import (
 from loratool.operations.ranks import optional_ranking, ranking
 from loratool.plan import Report
 from loratool.publishing import finish
-from loratool.settings import Applied, Extracting, Resizing, Settings, StrPath, split
+from loratool.settings import Applied, Extracting, Publishing, Resizing, Settings, StrPath, split
 from loratool.storage import checkpoint, location
 
 
@@ -139,7 +141,7 @@ def merge(
     opened = checkpoint.open_base(str(base), allow_pickle=reading.get("allow_pickle", False))
     architecture, notes = family_of(opened, reading.pop("arch", ""), running)
     common = Applied("", 1.0, scales or {}, globs(target), globs(exclude), init_adapter)
-    weighted = applied(adapters, weights, common, architecture, reading)
+    weighted = applied(adapters, weights, common, architecture, {**reading, "base": str(base)})
     try:
         plan = operation.plan(
             opened,
@@ -155,7 +157,7 @@ def merge(
         raise by_names_of([w.adapter for w in weighted], problem, opened, architecture, plugins_of(running)) from None
     plan.preview.findings += notes
     given = [a.path if isinstance(a, Applied) else a for a in adapters]
-    paths = [a.origin.path if isinstance(a, Adapter) else a for a in given]
+    paths = [path_of(a) for a in given]
     plan.preview.sources |= {"base": str(base), **{f"adapter {n + 1}": str(p) for n, p in enumerate(paths)}}
     report = finish(plan, [base, *paths], out, **running)
     if verify and not report.dry_run:
@@ -175,7 +177,7 @@ def _verify(
     from loratool.operations import merge as operation
     from loratool.operations import verify as verification
 
-    merged = checkpoint.open_base(report.out)
+    merged = checkpoint.open_base(location.spelled(report.out))
     units = operation.samples(merged, base, architecture, adapters)
     resources = running.get("resources", EVERYTHING)
     done = engine.measure(verification.plan(units, report.out), resources, running.get("progress"))
@@ -243,7 +245,7 @@ def extract(
 
 
 def resize(
-    adapter: StrPath,
+    adapter: StrPath | Adapter,
     out: StrPath,
     *,
     dtype: str = "keep",
@@ -284,8 +286,8 @@ def resize(
         options=spelling(format, Path(out), None, private=strip_metadata),
     )
     plan.preview.findings += incomplete(opened, relative_to, running)
-    plan.preview.sources["adapter"] = str(adapter)
-    return finish(plan, [adapter, *(path for path in (init_adapter, relative_to) if path)], out, **running)
+    plan.preview.sources["adapter"] = str(path_of(adapter))
+    return finish(plan, [path_of(adapter), *(path for path in (init_adapter, relative_to) if path)], out, **running)
 
 
 def combine(
@@ -344,7 +346,7 @@ def combine(
 
 
 def convert(
-    adapter: StrPath,
+    adapter: StrPath | Adapter,
     out: StrPath,
     *,
     to: str,
@@ -355,11 +357,13 @@ def convert(
     init_adapter: StrPath = "",
     strip_metadata: bool = False,
     verify: bool = False,
+    rank: int | None = None,
     **settings: Unpack[Settings],
 ) -> Report:
-    """Write an adapter in the format `to`; the factors' bytes do not change.
+    """Write an adapter, of a path or open already, in the format `to`; the factors' bytes do not change.
 
     `strip_metadata`: less what the file's header says of the training. `verify` opens the result again and compares.
+    With `rank`, modules of a higher one are resized to it as the format has them: fused layers have the sum of ranks.
 
     What is no plain pair of factors (AdaLoRA, LoHa, LoKr, an adapter less its `init_adapter`) is made one, exactly.
     Of `base`, the model that the adapter is for, config.json is read where the sizes of its layers matter, and the
@@ -368,6 +372,9 @@ def convert(
     from loratool.operations import convert as operation
     from loratool.operations import proven
 
+    if verify and rank is not None:
+        hint = "loratool compare measures the two files; the report has the error of every module"
+        raise UsageError("--verify proves that the update is the same, and --rank changes it", hint=hint)
     reading, running = split(settings)
     config = told_by(base, reading, running)
     opened = to_rewrite(adapter, init_adapter, reading, target, exclude, drop_unmapped=drop_unmapped)
@@ -378,10 +385,22 @@ def convert(
     options["families"] = [plugins_of(running).architecture(name) for name in opened.families]
     plan = operation.plan(opened, architecture, format, options=options, drop_unmapped=drop_unmapped)
     plan.preview.findings += incomplete(opened, base, running)
-    plan.preview.sources["adapter"] = str(adapter)
-    report = finish(plan, [adapter, *([init_adapter] if init_adapter else [])], out, **running)
+    plan.preview.sources["adapter"] = str(path_of(adapter))
+    inputs = [path_of(adapter), *([init_adapter] if init_adapter else [])]
+    if rank is None:
+        report = finish(plan, inputs, out, **running)
+    else:
+        with TemporaryDirectory() as folder:
+            joined = Path(folder) / (Path(out).name or "adapter")
+            first = finish(plan, [], joined, **{**running, "dry_run": False, "publish": Publishing()})
+            converted = open_adapter(joined, arch=architecture or "", format=to, plugins=plugins_of(running))
+            report = resize(converted, out, rank=rank, strip_metadata=strip_metadata, **running)
+        report.verb, report.sources = "convert", first.sources
+        report.totals = {**first.totals, **report.totals}
+        report.findings = [*dict.fromkeys((*first.findings, *report.findings))]
     if verify and not report.dry_run:
-        result = open_adapter(report.out, arch=architecture or "", format=to, plugins=plugins_of(running))
+        place = location.spelled(report.out)
+        result = open_adapter(place, arch=architecture or "", format=to, plugins=plugins_of(running))
         proof = proven.plan(opened, result, architecture, config, dropping=drop_unmapped)
         report.totals |= engine.measure(proof, running.get("resources", EVERYTHING), running.get("progress")).totals
     return report

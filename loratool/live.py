@@ -1,6 +1,6 @@
-"""Live models: the adapter of a PeftModel as an Adapter, and an Adapter put onto a model in memory.
+"""Live models: the adapter of a PeftModel or of layers written by hand as an Adapter, and an Adapter put onto a model.
 
-Both go through the PEFT format, on what save_pretrained would write and from_pretrained would read; no file is made.
+All go through the PEFT format, on what save_pretrained would write and from_pretrained would read; no file is made.
 What PEFT would leave aside with a warning, or without one, is an error here.
 Source: peft/utils/save_and_load.py and peft_model.py (0.21.2).
 """
@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loratool import dtypes, strictjson
-from loratool.adapter import Adapter
+from loratool.adapter import Adapter, Origin
 from loratool.deltas import LowRank
 from loratool.detection import named_by
 from loratool.errors import MismatchError, UsageError
+from loratool.formats.peft_config import Module, make_config
 from loratool.plan import JsonFile, TensorFile
 from loratool.plugins import installed
 from loratool.tensors import Inline, TensorRef, TensorSource
@@ -52,6 +53,52 @@ def from_peft(model: torch.nn.Module, adapter_name: str = "default") -> Adapter:
     named = tuple(a.holding(type(base).__name__) for a in named_by(_told(base), plugins)[0])
     adapter = format.read(source, named) if named else None
     return adapter if adapter and adapter.families else format.read(source, every)
+
+
+def from_factors(
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], *, scaling: float, base_model: str = ""
+) -> Adapter:
+    """Return an adapter of LoRA layers written by hand: for the path of each linear module its two factors.
+
+    They are down (rank, in) and up (out, rank), as the paper has them, or (in, rank) and (rank, out), where a layer
+    computes x @ A @ B. The shapes tell, all modules alike; a rank is never above the module's own size. `scaling` is
+    what the layers multiply by: alpha / rank in most code, alpha itself in some. The numbers are copied.
+    Raises UsageError where the shapes fit neither way, or do not tell which.
+    """
+    from loratool.deltas.base import alpha_of
+
+    where, tensors, told = "LoRA layers in memory", dict[str, TensorRef](), list[Module]()
+    if not factors:
+        raise UsageError("no factors", where=where, hint='from_factors({"layers.0": (A, B)}, scaling=alpha / rank)')
+    turned = _turned({name: (tuple(a.shape), tuple(b.shape)) for name, (a, b) in factors.items()}, where)
+    for module, pair in factors.items():
+        down, up = (tensor.T if turned else tensor for tensor in pair)
+        for part, tensor in (("lora_A", down), ("lora_B", up)):
+            name = f"base_model.model.{module}.{part}.weight"
+            tensors[name] = _inline(name, tensor, where)
+        told.append(Module(module, down.shape[0], alpha_of(scaling, down.shape[0]), scaling))
+    config = make_config(Adapter({}, Origin("", where), base_model=base_model), told)
+    plugins = installed()
+    return plugins.format("peft").read(TensorSource(where, tensors, {"format": "pt"}, config), plugins.architectures())
+
+
+def _turned(shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], where: str) -> bool:
+    """Whether pairs of factors are (in, rank) and (rank, out)."""
+    pairs = list(shapes.values())
+    flat = [name for name, pair in shapes.items() if any(len(shape) != 2 for shape in pair)]
+    paper = not flat and all(a[0] == b[1] for a, b in pairs)
+    turned = not flat and all(a[1] == b[0] for a, b in pairs)
+    if not paper and not turned:
+        one = next(iter(flat), min(shapes))
+        what = f"the factors of {one} are {list(shapes[one][0])} and {list(shapes[one][1])}"
+        raise UsageError(what, where=where, hint="(rank, in) and (out, rank) are wanted, in all modules alike")
+    if paper and turned:  # all modules are square: the rank is the smaller side
+        longer = {a[0] > a[1] for a, _ in pairs if a[0] != a[1]}
+        if len(longer) != 1:
+            what = "the shapes do not tell which side of the factors is the rank"
+            raise UsageError(what, where=where, hint="use a rank below the size of the modules")
+        return longer.pop()
+    return turned
 
 
 def to_peft(

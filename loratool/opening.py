@@ -17,7 +17,7 @@ from loratool.errors import FormatError, LoratoolError, MismatchError, UsageErro
 from loratool.formats.metadata import DIGESTS
 from loratool.hookspecs import Format
 from loratool.operations import complete
-from loratool.operations.initial import without_initial
+from loratool.operations.initial import of_residual, without_initial
 from loratool.operations.refinement import selected_together
 from loratool.plugins import Plugins, installed
 from loratool.settings import Applied, StrPath
@@ -34,8 +34,12 @@ def open_adapter(
     alpha: float | None = None,
     allow_pickle: bool = False,
     plugins: Plugins | None = None,
+    base: str = "",
 ) -> Adapter:
-    """Open an adapter in whatever format it is. Headers only; `findings` says what is wrong with it."""
+    """Open an adapter in whatever format it is. Headers only; `findings` says what is wrong with it.
+
+    `base` is the model that it is used with: one that was trained on a residual of PiSSA fits that alone.
+    """
     plugins = plugins or installed()
     source = replace(checkpoint.open_adapter(str(path), allow_pickle=allow_pickle), alpha=alpha)
     formats = [plugins.format(format)] if format else [f for f in plugins.formats() if f.detect(source)]
@@ -50,7 +54,7 @@ def open_adapter(
     if arch:
         families = (plugins.architecture(arch) if isinstance(arch, str) else arch,)
     opened = formats[0].read(source, families)
-    return opened if arch else _as_its_base(opened, plugins)
+    return of_residual(opened if arch else _as_its_base(opened, plugins), base)
 
 
 def _as_its_base(adapter: Adapter, plugins: Plugins) -> Adapter:
@@ -69,7 +73,7 @@ def _as_its_base(adapter: Adapter, plugins: Plugins) -> Adapter:
 
 
 def to_rewrite(
-    path: StrPath,
+    given: StrPath | Adapter,
     init_adapter: StrPath,
     reading: Mapping[str, Any],
     target: str | Sequence[str],
@@ -78,7 +82,9 @@ def to_rewrite(
     drop_unmapped: bool = False,
 ) -> Adapter:
     """Open an adapter that is to be written anew: sound, less what it started from, and only the chosen modules."""
-    opened = open_adapter(path, **reading)
+    arch = reading.get("arch", "") if isinstance(given, Adapter) else ""
+    family = plugins_of(reading).architecture(arch) if arch and isinstance(arch, str) else arch or None
+    opened = _opened(given, family, reading)
     if drop_unmapped:
         opened = opened.without_unmapped()
     if init_adapter:
@@ -205,6 +211,11 @@ def applied_together(
     return applied(given, weights, common, family, rest), family
 
 
+def path_of(given: StrPath | Adapter) -> StrPath:
+    """Return where an adapter is, or what it says of itself where it is open already."""
+    return given.origin.path if isinstance(given, Adapter) else given
+
+
 def _opened(given: StrPath | Adapter, architecture: Architecture | None, reading: Mapping[str, Any]) -> Adapter:
     """Open an adapter as one for this family, if one is known, and if it is not open already."""
     if isinstance(given, Adapter):
@@ -231,6 +242,7 @@ def told_by(base: StrPath, reading: dict[str, Any], running: Mapping[str, Any]) 
     """Return the config of the model that adapters are for; it names their family where nothing else does."""
     if not base:
         return {}
+    reading["base"] = str(base)
     config = checkpoint.config_of(str(base))
     reading["arch"] = of_config(str(base), config, plugins_of(running), reading.get("arch", "")) or ""
     return config

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from loratool import dtypes
 from loratool.encodings import Encoding
+from loratool.errors import MismatchError
 from loratool.layouts import within
 
 
@@ -236,7 +237,10 @@ def _cut(pieces: tuple[Span | Inline, ...], start: int, stop: int) -> tuple[Span
 
 
 def joined(name: str, refs: Sequence[TensorRef]) -> TensorRef:
-    """Return the rows of several tensors of one dtype and row shape as one tensor."""
+    """Return the rows of several tensors as one tensor; MismatchError where their dtypes or row shapes differ."""
+    if len(kinds := {(r.dtype, *r.shape[1:]) for r in refs}) > 1:
+        told = " and ".join(sorted(f"{dtype} {[*row]}" for dtype, *row in kinds))
+        raise MismatchError(f"rows of different dtypes or shapes cannot be one tensor: {told}", where=name)
     pieces = tuple(p for r in refs for p in r.pieces)
     shape = (sum(r.shape[0] for r in refs), *refs[0].shape[1:])
     view = View("joined", tuple(refs)) if any(r.view for r in refs) else None

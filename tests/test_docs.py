@@ -70,6 +70,11 @@ def test_the_commands_of_the_readme_work_in_the_order_of_the_page(demo):
         run(command, demo)
 
 
+def test_the_commands_of_the_page_on_new_adapters_work(demo):
+    for command in commands_in("docs/init.md"):
+        run(command, demo)
+
+
 def test_the_hub_commands_of_the_readme_work(demo, hub):
     hub.create("org/base", demo / "base")
     hub.create("org/adapter", demo / "lora")

@@ -20,7 +20,7 @@ FLOORS = [
     ("detection", "testing", "logits", "settings"),
     ("opening",),
     ("publishing",),
-    ("api", "live"),
+    ("api", "live", "initialising"),
     ("demo",),
     ("cli",),
     ("__main__",),

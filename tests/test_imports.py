@@ -79,7 +79,7 @@ def test_a_combine_dry_run_is_light(adapter, tmp_path):
     assert heavy_modules(SCRIPT, *arguments) == "HEAVY []"
 
 
-def test_a_merge_dry_run_is_light(adapter, tmp_path):
+def test_dry_runs_of_merge_and_init_are_light(adapter, tmp_path):
     import torch
     from safetensors.torch import save_file
 
@@ -88,6 +88,8 @@ def test_a_merge_dry_run_is_light(adapter, tmp_path):
     save_file({"model.layers.0.self_attn.q_proj.weight": torch.ones(8, 8)}, base / "model.safetensors")
     (base / "config.json").write_text('{"model_type": "llama"}')
     assert heavy_modules(SCRIPT, "merge", base, adapter, "-o", tmp_path / "out", "-n") == "HEAVY []"
+    start = ("--init", "pissa", "--residual", tmp_path / "rest")
+    assert heavy_modules(SCRIPT, "init", base, "-o", tmp_path / "out", *start, "-n") == "HEAVY []"
 
 
 def test_a_conversion_that_only_renames_is_light(adapter, tmp_path):

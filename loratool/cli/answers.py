@@ -93,6 +93,13 @@ def selected(path: str, arch: str, preset: str) -> tuple[Survey, list[Finding]]:
     return model.survey, _with_plugins([*model.family.findings, *for_peft.shared(model.survey, preset)])
 
 
+def counted(survey: Survey, preset: str) -> str:
+    """Return how many modules a preset has, and what each rank of an adapter on them adds."""
+    chosen = survey.selected(preset)
+    count = sum(module.parameters(1) for module in chosen)
+    return f"{survey.architecture.name}, {preset}: {len(chosen):,} modules, {count:,} parameters a rank"
+
+
 def _with_plugins(findings: Sequence[Finding]) -> list[Finding]:
     return [*findings, *installed().findings]
 

@@ -17,10 +17,11 @@ Examples:
   loratool arch show base --rank 16
   loratool arch detect base
   loratool arch check base
-  loratool arch targets base --preset all-linear
+  loratool arch targets base --preset all-linear --for axolotl
   loratool arch list -p my_family.py
 """
 PRESETS = ("default", "attention", "mlp", "all-linear")
+TRAINERS = ("peft", "llama-factory", "axolotl", "kohya")
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 _taking = options.stack(options.plugin, options.token_file, _json)
 _reading = options.stack(options.arch, options.plugin, options.token_file, _json)
@@ -29,7 +30,7 @@ _reading = options.stack(options.arch, options.plugin, options.token_file, _json
 @click.group(epilog=EXAMPLES)
 @options.plugin
 def command() -> None:
-    """The model families, and what they say of a model: layers, adapter sizes, targets for PEFT.
+    """The model families, and what they say of a model: layers, adapter sizes, targets for trainers.
 
     A family is one short file; docs/plugins.md shows how to add one, and -p FILE tries it out.
     """
@@ -93,8 +94,7 @@ def show(what: str, ranks: tuple[int, ...], arch: str, as_json: bool) -> None:
 def detect(path: str, as_json: bool) -> int:
     """Say which family a model or an adapter is of.
 
-    And how that was found, and which others would fit. Exit code 3 where none fits, or several that read the weights
-    differently.
+    And how, and which others would fit. Exit code 3 where none fits, or several that read the weights differently.
     """
     from loratool.cli import answers
 
@@ -125,25 +125,25 @@ def check(what: str, strict: bool, arch: str, as_json: bool) -> int:
 @command.command()
 @click.argument("path")
 @click.option("--preset", type=click.Choice(PRESETS), default="default", show_default=True, help="Which layers.")
+@click.option("--for", "trainer", type=click.Choice(TRAINERS), default="peft", show_default=True, help="What trains.")
 @_reading
-def targets(path: str, preset: str, arch: str, as_json: bool) -> None:
-    """Print target_modules and target_parameters for a PEFT LoraConfig.
+def targets(path: str, preset: str, trainer: str, arch: str, as_json: bool) -> None:
+    """Print what tells a trainer to adapt exactly the layers of a preset, or refuse where it cannot be told.
 
-    They select exactly the layers of the preset in the live model: attention, mlp (experts too), or all linear layers
-    but heads and routers, each of the main model without its towers; default is what the family's adapters train.
+    A LoraConfig for PEFT, YAML for LLaMA-Factory and axolotl; for kohya's sd-scripts their arguments, or the preset
+    file of LyCORIS that they need. Presets: attention, mlp (experts too), or all linear layers but heads and routers,
+    each of the main model without its towers; default is what the family's adapters train.
     """
     from loratool.cli import answers
-    from loratool.operations.targets import pasteable
-    from loratool.operations.targets import targets as names
+    from loratool.operations.trainers import FORMS
 
     survey, findings = answers.selected(path, arch, preset)
+    found = FORMS[trainer].arguments(survey, preset)
     render.findings(findings)
-    chosen = survey.selected(preset)
     if as_json:
-        return render.document(names(survey, preset))
-    count = sum(module.parameters(1) for module in chosen)
-    render.note(f"{survey.architecture.name}, {preset}: {len(chosen):,} modules, {count:,} parameters a rank")
-    return render.snippet(pasteable(names(survey, preset)))
+        return render.document(found)
+    render.note(answers.counted(survey, preset))
+    return render.snippet(FORMS[trainer].lines(found))
 
 
 def _print(report: Report, *, as_json: bool = False) -> None:

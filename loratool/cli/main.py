@@ -26,7 +26,7 @@ from loratool.errors import LoratoolError, StorageError
 from loratool.storage import location
 
 COMMANDS = (
-    "inspect", "merge", "combine", "extract", "resize", "convert", "compare",
+    "inspect", "merge", "combine", "extract", "resize", "convert", "compare", "init",
     "push", "pull", "arch", "formats", "methods", "plugins", "demo",
 )  # fmt: skip
 

@@ -82,9 +82,9 @@ token_file = click.option(
 )
 
 
-def dtype(default: str) -> Decorator:
-    """`--dtype`, with the verb's default."""
-    choices = click.Choice(("keep", *OUTPUT_DTYPES))
+def dtype(default: str, *, keep: bool = True) -> Decorator:
+    """`--dtype`, with the verb's default; `keep`: whether there is a dtype to keep."""
+    choices = click.Choice(("keep", *OUTPUT_DTYPES) if keep else OUTPUT_DTYPES)
     return click.option("--dtype", type=choices, default=default, show_default=True, help="The output's dtype.")
 
 
@@ -180,6 +180,31 @@ def _rank_for(context: click.Context, parameter: click.Parameter, values: tuple[
     return found
 
 
+def _alpha_for(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
+    found = {}
+    for value in values:
+        pattern, _, alpha = value.rpartition("=")
+        try:
+            found[pattern] = float(alpha)
+        except ValueError:
+            raise click.BadParameter(f"{value!r}: PATTERN=X, such as q_proj=32") from None
+    return found
+
+
+def rank_for(text: str) -> Decorator:
+    """`--rank-for`, with what it means to the verb."""
+    return click.option("--rank-for", multiple=True, metavar="PATTERN=N", callback=_rank_for, help=text)
+
+
+alpha_for = click.option(
+    "--alpha-for",
+    multiple=True,
+    metavar="PATTERN=X",
+    callback=_alpha_for,
+    help="Another alpha for these modules; the last that matches counts.",
+)
+
+
 def _budget(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     return None if value is None else _size(context, parameter, value)
 
@@ -200,13 +225,7 @@ ranks = stack(
     _bound("--sv-fro", "kohya's rule: one more than keep this share of the Frobenius norm."),
     _bound("--sv-cumulative", "kohya's rule: one more than keep this share of the sum."),
     click.option("--max-rank", type=int, metavar="N", help="No rank above this one, whatever the rules say."),
-    click.option(
-        "--rank-for",
-        multiple=True,
-        metavar="PATTERN=N",
-        callback=_rank_for,
-        help="The rank of these modules, instead of the rules; the last that matches counts. The others need a rule.",
-    ),
+    rank_for("The rank of these modules, instead of the rules; the last that matches counts. The others need a rule."),
     click.option(
         "--budget", metavar="SIZE", callback=_budget, help="Size of the whole adapter, such as 50MB: ranks share it."
     ),

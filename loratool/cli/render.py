@@ -277,7 +277,7 @@ def _value(name: str, value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int) and name.endswith(("bytes", "bytes_before")):
+    if isinstance(value, int) and name.endswith(("bytes", "bytes_before", "bytes_to_send")):
         return _size(value)
     if isinstance(value, (list, tuple)):
         most = 2 if len(value) > 8 and isinstance(value[0], str) else 8

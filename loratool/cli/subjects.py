@@ -27,11 +27,9 @@ class Model(NamedTuple):
     @property
     def survey(self) -> Survey:
         """What the family says of it."""
-        from loratool.operations.survey import Survey
+        from loratool.operations.survey import survey_of
 
-        buffers = ("I64", "BOOL")  # positions, indices and masks that some files hold beside the weights
-        shapes = {name: ref.shape for name, ref in self.source.tensors.items() if ref.dtype not in buffers}
-        return Survey(self.family.architecture, shapes, self.source.config or {})
+        return survey_of(self.source, self.family.architecture)
 
 
 def family(word: str) -> Architecture | None:

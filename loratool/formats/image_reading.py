@@ -111,7 +111,7 @@ def _grouped(source: TensorSource) -> File:
         key = keys.split(name)
         if key is None:
             file.unmapped.append(name)
-            file.findings.append(error(name, "a tensor of an unknown kind", "it is refused so that it cannot be lost"))
+            file.findings.append(error(name, "a tensor of an unknown kind", "convert --drop-unmapped leaves it out"))
         elif key.part == "alpha" and prod(ref.shape) != 1:
             file.findings.append(error(name, f"alpha has the shape {list(ref.shape)}: it must be one number"))
         elif key.part == "alpha":

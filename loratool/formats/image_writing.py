@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import frexp
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from loratool import dtypes, native
 from loratool.adapter import Adapter, Target
 from loratool.architecture import Architecture
-from loratool.deltas import Delta, Dora, Full, LowRank, Taken
+from loratool.deltas import Delta, Dora, Full, LowRank, Replace, Taken
 from loratool.errors import AmbiguityError, MismatchError
 from loratool.factors import below_each_other
 from loratool.formats import keys, lycoris, metadata
@@ -80,8 +81,7 @@ def write(adapter: Adapter, architecture: Architecture | None, style: Style, opt
     if style.alpha == "metadata":
         modules = [_positive(m) for m in _all_or_none_dora(modules, style, losses)]
     plain = [d for m in modules for d in (m.weight, m.weight.inner if isinstance(m.weight, Dora) else None)]
-    low = [d for d in plain if isinstance(d, LowRank)]
-    alphas = style.alpha == "tensor" and not _left_out(style, architecture, low, notes)
+    alphas = style.alpha == "tensor" and not _left_out(style, architecture, [d for d in plain if d], notes)
     tensors = [ref for m in modules for ref in _tensors(m, style, told, alphas=alphas)]
     if style.name == "kohya" and not any(n.kohya.startswith("lora_unet") for n in architecture.named.values()):
         notes.append(f"no known tool loads a kohya file for {architecture.name}: loratool alone reads it back")
@@ -133,7 +133,8 @@ def _modules(
             if gathered.weights:
                 weight = _joined(gathered.weights, gathered.original, config, told.notes)
             if gathered.biases:
-                bias = _joined(gathered.biases, gathered.original, config, told.notes)
+                beside = gathered.weights or ({name: weight} if weight else {})
+                bias = _joined(gathered.biases, gathered.original, config, told.notes, beside)
         except MismatchError as problem:
             told.losses.append(f"{name}: {problem.what}" + (f" ({problem.hint})" if problem.hint else ""))
             continue
@@ -191,17 +192,28 @@ def _name(
     return prefix + (flatten(name) if style.flat else name), here
 
 
-def _joined(pieces: Mapping[str, Delta], original: Original, config: Mapping[str, Any], notes: list[str]) -> Delta:
-    """Return one delta of a weight that holds several; MismatchError where it would not be the same update."""
+def _joined(
+    pieces: Mapping[str, Delta],
+    original: Original,
+    config: Mapping[str, Any],
+    notes: list[str],
+    beside: Mapping[str, Delta] = MappingProxyType({}),
+) -> Delta:
+    """Return one delta of a weight that holds several; MismatchError where it would not be the same update.
+
+    `beside` are the deltas of weights, where those of their biases are joined: they show sizes.
+    """
     if len(original.parts) == 1:
         return next(iter(pieces.values()))
     present = list(pieces.values())
-    heights = _heights(pieces, original, config)
-    if all(isinstance(d, Full) for d in present):
-        first = present[0]
-        assert isinstance(first, Full)
+    heights = _heights(pieces, original, config, beside)
+    if len({type(d) for d in present}) == 1 and isinstance(first := present[0], Full):
+        if isinstance(first, Replace) and len(present) < len(original.parts):
+            raise MismatchError(f"new weights of {', '.join(pieces)} alone do not make one of {original.name}")
         refs = [
-            d.value if isinstance(d := pieces.get(p), Full) else zeros("", (n, *first.shape[1:]), first.value.dtype)
+            d.value.scaled(d.scaling / first.scaling)
+            if isinstance(d := pieces.get(p), Full)
+            else zeros("", (n, *first.shape[1:]), first.value.dtype)
             for p, n in zip(original.parts, heights, strict=True)
         ]
         return replace(first, value=joined("", refs))
@@ -234,15 +246,18 @@ def _is_power_of_two(number: float) -> bool:
     return abs(frexp(number)[0]) == 0.5
 
 
-def _heights(pieces: Mapping[str, Delta], original: Original, config: Mapping[str, Any]) -> list[int]:
+def _heights(
+    pieces: Mapping[str, Delta], original: Original, config: Mapping[str, Any], beside: Mapping[str, Delta]
+) -> list[int]:
     """Return the rows of every part: of those that are there their own, of the others what the rule says."""
-    present = next(iter(pieces.values()))
-    inp = present.matrix_shape[1] if len(present.shape) > 1 else 0
+    known = {**beside, **pieces}
+    inp = next((d.matrix_shape[1] for d in known.values() if len(d.shape) > 1), 0)  # a bias does not show it
     said = original.heights or ("*",) * len(original.parts)
-    equal = {pieces[p].shape[0] for p, s in zip(original.parts, said, strict=True) if s == "*" and p in pieces}
+    equal = {known[p].shape[0] for p, s in zip(original.parts, said, strict=True) if s == "*" and p in known}
     found = []
     for part, height in zip(original.parts, said, strict=True):
-        rows = pieces[part].shape[0] if part in pieces else native.height_alone(height, inp, config)
+        alone = native.height_alone(height, inp, config) if inp else None
+        rows = known[part].shape[0] if part in known else alone
         if rows is None and len(equal) == 1:
             rows = next(iter(equal))
         if rows is None:
@@ -262,8 +277,12 @@ def _swapped(delta: Delta) -> Delta:
 
 
 def _folded(module: Spelled, notes: list[str]) -> Spelled:
-    """Return a module whose scaling is in its factors, for readers that know no alpha."""
-    delta = module.weight
+    """Return a module whose scaling is in its factors, for readers that know no alpha.
+
+    A power of two near the root of it goes into `down`: half precision holds few small numbers.
+    """
+    whole = module.weight
+    delta = whole.inner if isinstance(whole, Dora) else whole
     if not isinstance(delta, LowRank) or delta.scaling == 1:
         return module
     if _is_power_of_two(delta.scaling):
@@ -273,7 +292,9 @@ def _folded(module: Spelled, notes: list[str]) -> Spelled:
             f"alpha / rank = {delta.scaling:g} is folded into the factors, which rounds them once more to "
             f"{dtypes.torch_name(delta.up.dtype)}"
         )
-    return replace(module, weight=LowRank(delta.down, delta.up.scaled(delta.scaling), 1.0, delta.mid))
+    root = 2.0 ** int((frexp(delta.scaling)[1] - 1) / 2)
+    folded = LowRank(delta.down.scaled(root), delta.up.scaled(delta.scaling / root), 1.0, delta.mid)
+    return replace(module, weight=replace(whole, inner=folded) if isinstance(whole, Dora) else folded)
 
 
 def _tensors(module: Spelled, style: Style, told: Told, *, alphas: bool) -> list[TensorRef]:
@@ -282,7 +303,8 @@ def _tensors(module: Spelled, style: Style, told: Told, *, alphas: bool) -> list
     alpha: float | None = None
     if module.weight is not None:
         spelled = lycoris.parts_of(module.weight, norm=module.is_norm)
-        if spelled is None or (style.alpha != "tensor" and not _is_plain(module.weight)):
+        no_magnitude = style.suffix == "xlabs" and isinstance(module.weight, Dora)
+        if spelled is None or no_magnitude or (style.alpha != "tensor" and not _is_plain(module.weight)):
             told.losses.append(f"{module.name}: {style.name} cannot hold {module.weight.kind}")
             return []
         parts, alpha = dict(spelled.tensors), spelled.alpha
@@ -333,16 +355,17 @@ def _is_plain(delta: Delta) -> bool:
     return isinstance(inner, LowRank) and inner.mid is None
 
 
-def _left_out(style: Style, architecture: Architecture, every: Sequence[LowRank], notes: list[str]) -> bool:
+def _left_out(style: Style, architecture: Architecture, every: Sequence[Delta], notes: list[str]) -> bool:
     """Whether a kohya file has no alphas at all.
 
     An absent alpha means alpha = rank to every reader. diffusers (0.42) applies the commonest alpha of a UNet's file to
     all of it, so where alphas would differ only because ranks do, leaving them out is what survives everywhere.
     """
     of_unet = style.name == "kohya" and "unet" in architecture.components
-    if not of_unet or len({d.alpha for d in every}) < 2:
+    low = [d for d in every if isinstance(d, LowRank)]
+    if not of_unet or len({d.alpha for d in low}) < 2:
         return False
-    if all(d.scaling == 1 for d in every):
+    if all(isinstance(d, (LowRank, Full, Dora)) for d in every) and all(d.scaling == 1 for d in low):
         return True
     notes.append("modules have different alphas, which diffusers ignores: `loratool resize` folds them in")
     return False

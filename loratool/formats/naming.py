@@ -69,6 +69,7 @@ def shape_problem(down: TensorRef, up: TensorRef) -> str:
 
 
 Scaling = Callable[[str, int], float]
+_TURNED = "if these are (in, rank) and (rank, out), load them and give them to loratool.from_factors, which takes both"
 
 
 def add(deltas: dict[Target, tuple[Delta, ...]], target: Target, delta: Delta) -> None:
@@ -94,7 +95,8 @@ def build(
         assert parts.up is not None
         problem = shape_problem(parts.down, parts.up)
         if problem:
-            findings.append(error(module, problem))
+            turned = parts.down.shape[1:] == parts.up.shape[:1]
+            findings.append(error(module, problem, _TURNED if turned else ""))
         elif module in targets:
             if targets[module] in deltas:
                 findings.append(error(module, f"two modules of the file update {targets[module]}"))
@@ -189,7 +191,7 @@ def resolve(
     distances = {name: sum(k.distance for k in found[name].values()) for name in found}
     nearest = [a for a in architectures if distances.get(a.name) == min(distances[n] for n in clear)]
     targets = {
-        a.name: {m: (k.component, k.parts, a.kohya_prefix(k.component)) for m, k in found[a.name].items()}
+        a.name: {m: (k.component, k.parts, k.swap, a.kohya_prefix(k.component)) for m, k in found[a.name].items()}
         for a in nearest
     }
     ordered = plainest(nearest, architectures)

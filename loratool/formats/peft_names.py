@@ -37,8 +37,9 @@ FACTOR = re.compile(
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
 _LEAVES = {  # what stands behind a part: nothing, or what is listed
-    **dict.fromkeys(("lora_A", "oft_R"), ("weight",)),
-    "lora_B": ("weight", "bias"),
+    "oft_R": ("weight",),
+    "lora_A": ("weight", None),  # in loralib's files and in those of layers written by hand they are parameters
+    "lora_B": ("weight", None, "bias"),
     "lora_magnitude_vector": (None, "weight"),  # raw state dicts have the latter
 }
 _OF_TRAINING = re.compile(r".+\.(?:lora_monteclora_sampler|lora_velora_embed)(?:\..+)?")
@@ -47,6 +48,7 @@ _FOREIGN = (
     ("lora_diag", "KaSA truncates the base before it adds to it"),
     ("oft_embedding_R", "OFT on embeddings is not supported yet"),
 )
+_GROWN = re.compile(r".+\.lora_E\.\d+")  # IncreLoRA's lists of factors (IncreLoRA: loralib/increlora.py)
 
 
 @dataclass
@@ -68,6 +70,10 @@ class Names:
 def parse(tensors: Mapping[str, TensorRef], kind: str) -> Names:
     """Sort the tensors of an adapter of one peft_type; what belongs nowhere is an error finding."""
     found = Names()
+    if grown := next(filter(_GROWN.fullmatch, tensors), ""):
+        what = "IncreLoRA keeps lists of factors that grew in training, beside the base they are trained on"
+        found.findings.append(error(grown, what, "docs/training_methods.md joins them into an adapter, in 20 lines"))
+        return found
     adapters: set[str] = set()
     ddp = bool(tensors) and all(name.startswith("module.") for name in tensors)
     for key, ref in tensors.items():

@@ -50,7 +50,8 @@ class Style(NamedTuple):
                 return f"{architecture.kohya_prefix(component)}_"
         if not denoiser and component not in encoders:
             return None
-        first = {"numbered": "lora_unet", "transformer": "lora_transformer", "lycoris": "lycoris"}[self.start]
+        transformer = "lora_unet" if component == "unet" else "lora_transformer"
+        first = {"numbered": "lora_unet", "transformer": transformer, "lycoris": "lycoris"}[self.start]
         return f"{first}_" if denoiser else f"lora_te{number}_"
 
     def is_native(self, architecture: Architecture, component: str) -> bool:
@@ -93,7 +94,7 @@ STYLES = {
         ),
         Style(
             "onetrainer-legacy",
-            "older OneTrainer and SimpleTuner: lora_transformer_ and diffusers' names",
+            "older OneTrainer and SimpleTuner: lora_unet_ or lora_transformer_ and diffusers' names",
             "down/up",
             "transformer",
             "canonical",

@@ -66,6 +66,7 @@ def plan(
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
         if not units:
             return Settled(report)
+        report.findings = [f for f in report.findings if f not in foreseen]
         new = {u.target: rebuilt(u.deltas, settled_factors(u.outs, facts[u.key]["rank"], spooled)) for u in rewritten}
         if new:
             what = f"{len(new)} modules were no plain pair of factors, and were made one, exactly: the scaling is in it"
@@ -74,6 +75,11 @@ def plan(
         report.findings += list(_of_parts(parts))
         return Settled(report, spelled({t: (d,) for t, d in new.items()}, parts))
 
+    foreseen: list[Finding] = []
+    if fused and not rewritten:
+        whole = replace(adapter, deltas={**factored, **kept})
+        foreseen = _foreseen(whole, fused, architecture, format, options, drop_unmapped=drop_unmapped)
+    report.findings += foreseen
     files = () if units else spelled({}, {})
     otherwise = "dropped" if drop_unmapped else ""
     inputs = (Input(adapter.origin.path, adapter.tensors, adapter.explained, otherwise),)
@@ -90,6 +96,28 @@ def _fused(
         plain = isinstance(delta, LowRank) and delta.mid is None and len(delta.up.shape) == 2
         if plain and not more and len(target.parts) > 1 and not names(target, architecture):
             yield FindBlocks(target, delta)  # type: ignore[arg-type]
+
+
+def _foreseen(
+    adapter: Adapter,
+    fused: Sequence[FindBlocks],
+    architecture: Architecture | None,
+    format: Format,
+    options: Mapping[str, Any],
+    *,
+    drop_unmapped: bool,
+) -> list[Finding]:
+    """Return what a format says of an adapter if every part of its fused weights is used: a dry run looks at none."""
+    parts = {u.target: apart(u, [range(u.delta.rank)] * len(u.target.parts)) for u in fused}
+    deltas = {t: ds for t, ds in adapter.deltas.items() if t not in parts}
+    deltas |= {t: ds for of in parts.values() for t, ds in of.items()}
+    report = Report(verb="convert")
+    spell(replace(adapter, deltas=deltas), architecture, format, options, report, drop_unmapped=True)
+    losses = [f.what for f in report.findings if f.where == "dropped"]
+    if not losses or drop_unmapped:
+        return report.findings
+    what = f"cannot hold {len(losses)} parts of this, such as {losses[0]}; they are refused where they are not zero"
+    return [Finding("warning", format.name, what, "choose another format, or --drop-unmapped leaves them out")]
 
 
 def _of_parts(parts: Parts) -> Iterator[Finding]:

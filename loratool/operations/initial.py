@@ -3,21 +3,53 @@
 PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract the adapter that training starts from out of the base. What the training
 did to the original base is then scaling * (B A - B0 A0): the trained adapter less the initial one, exactly, of up to
 twice the rank. Source: peft/utils/save_and_load.py, subtract_mutated_init (0.21.2).
+
+`init --init pissa` writes that changed base, the residual, as a checkpoint of its own. What PEFT trains on it is a
+plain adapter whose config names the residual: its base is known to be a changed one as long as that folder is there.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from loratool.adapter import Adapter, Finding, Target
 from loratool.deltas import Delta, LowRank
-from loratool.errors import MismatchError
+from loratool.errors import LoratoolError, MismatchError
+from loratool.storage import jsonfile
 from loratool.tensors import TensorRef
+
+RESIDUAL_OF = "residual_of"  # in the totals of a residual's report: the base that it is left of
+_REPORT = "loratool.report.json"
+_MOST = 1 << 30  # bytes
+
+
+def of_residual(adapter: Adapter, base: str) -> Adapter:
+    """Return an adapter that was trained on a residual as one of a changed base, unless `base` is that residual."""
+    named = Path(adapter.base_model) if adapter.base_model else None
+    if named is None or adapter.changed_base or not _is_residual(named):
+        return adapter
+    with suppress(OSError):
+        if base and any(named.samefile(place) for place in (base, Path(base).parent)):
+            return adapter
+    return replace(adapter, changed_base="pissa")
+
+
+def _is_residual(folder: Path) -> bool:
+    """Whether this is a folder in which init left the rest of a base."""
+    try:
+        if not (folder / _REPORT).is_file():
+            return False
+        totals = jsonfile.read(folder / _REPORT, _MOST).get("totals")
+    except (LoratoolError, OSError, ValueError):  # only a name in a config
+        return False
+    return isinstance(totals, dict) and RESIDUAL_OF in totals
 
 
 def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     """Return the adapter relative to the original base: each delta, and less the delta that it started from."""
-    if not adapter.changed_base:
+    if not (adapter.changed_base or _begins(adapter, initial)):
         raise MismatchError(
             "the base was not changed before this adapter was trained: there is nothing to take back",
             where=adapter.origin.path,
@@ -42,10 +74,23 @@ def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
         adapter,
         deltas=deltas,
         changed_base="",
+        base_model=initial.base_model or adapter.base_model,
         findings=tuple(findings),
         tensors={**adapter.tensors, **{f"initial {name}": _initial(ref) for name, ref in initial.tensors.items()}},
         consumed=(*adapter.consumed, *(f"initial {name}" for name in _beside(initial))),
     )
+
+
+def _begins(adapter: Adapter, initial: Adapter) -> bool:
+    """Whether an adapter whose own config does not say so began as `initial`, which changed the base: at its ranks.
+
+    One that was converted already, and is relative to the original base, has twice the ranks.
+    """
+    return bool(initial.changed_base) and _ranks(adapter) == _ranks(initial)
+
+
+def _ranks(adapter: Adapter) -> dict[Target, list[int]]:
+    return {target: [delta.rank for delta in deltas] for target, deltas in adapter.deltas.items()}
 
 
 def _negative(delta: LowRank) -> LowRank:

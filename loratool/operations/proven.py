@@ -39,7 +39,7 @@ def plan(
         kept = [row for row in rows if row["module"] not in lost]
         errors = {row["module"]: row["distance"] or 0.0 for row in kept}
         unlike = ("one-sided", "not compared", "different")
-        wrong = [row["module"] for row in kept if errors[row["module"]] > TOO_MUCH or row["verdict"] in unlike]
+        wrong = [row["module"] for row in kept if not errors[row["module"]] <= TOO_MUCH or row["verdict"] in unlike]
         if wrong or not kept:
             raise LoratoolError(
                 f"the result is not the same update at {', '.join(wrong[:6])}: please report this bug",

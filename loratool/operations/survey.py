@@ -22,7 +22,7 @@ from loratool.errors import MismatchError
 from loratool.layers import Excluded, Experts, Layer
 from loratool.patterns import Lexicon, Skeleton, parse_rule, selects, split
 from loratool.readings import Known
-from loratool.tensors import module_of
+from loratool.tensors import TensorSource, module_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 RANKS = (4, 8, 16, 32, 64)
@@ -118,8 +118,18 @@ class Survey:
         wanted = PRESETS[preset]
         main = main_towers(self.modules)
         found = [m for m in self.modules if any(wanted(self.architecture, w, main) for w in m.weights)]
-        refused = _REFUSED_BY_PEFT if self.config.get("model_type") in _MAMBA else ()
-        return [m for m in found if m.template[-1] not in refused]
+        return [m for m in found if not self.is_refused(m)]
+
+    def is_refused(self, module: Module) -> bool:
+        """Whether PEFT will not adapt this module, though it is one."""
+        return self.config.get("model_type") in _MAMBA and module.template[-1] in _REFUSED_BY_PEFT
+
+
+def survey_of(model: TensorSource, architecture: Architecture) -> Survey:
+    """Return what the family says of an opened model, less the buffers that some files hold beside the weights."""
+    buffers = ("I64", "BOOL")  # positions, indices and masks
+    shapes = {name: ref.shape for name, ref in model.tensors.items() if ref.dtype not in buffers}
+    return Survey(architecture, shapes, model.config or {})
 
 
 _Lexicons: TypeAlias = Mapping[str, Lexicon[tuple[Skeleton, Layer]]]

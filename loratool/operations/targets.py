@@ -29,21 +29,27 @@ def targets(survey: Survey, preset: str) -> dict[str, Any]:
     mean the stacks, whatever stands before them, and whichever way this file has them; a dense layer of such a name is
     given as a parameter, `mlp.gate_proj.weight`.
     """
-    chosen = survey.selected(preset)
-    modules, parameters = [], []
-    for module in chosen:
-        if module.is_parameter:
-            parameters.append(module)
-        elif module.template[-1] in survey.architecture.stacked_leaves:
-            weight = (*module.template, "weight")
-            parameters.append(module._replace(name=f"{module.name}.weight", template=weight))
-        else:
-            modules.append(module)
+    return targets_of(survey, survey.selected(preset))
+
+
+def targets_of(survey: Survey, chosen: Iterable[Module]) -> dict[str, Any]:
+    """Return the same for any modules of a model."""
+    told = [as_told(survey, module) for module in chosen]
+    modules = [module for module in told if not module.is_parameter]
+    parameters = [module for module in told if module.is_parameter]
     entries = _entries(modules, _ends(_all_modules(survey) - {m.name for m in modules}))
     return {
         "target_modules": entries if all(isinstance(e, str) for e in entries) else _expression(entries),
         "target_parameters": _names(parameters, _ends(_all_parameters(survey) - {p.name for p in parameters})),
     }
+
+
+def as_told(survey: Survey, module: Module) -> Module:
+    """Return a module as PEFT must be told of it: a parameter, where its name means others or its class is unknown."""
+    is_router = any(weight.layer.group == "router" for weight in module.weights)
+    if module.is_parameter or not (is_router or module.template[-1] in survey.architecture.stacked_leaves):
+        return module
+    return module._replace(name=f"{module.name}.weight", template=(*module.template, "weight"), is_parameter=True)
 
 
 def pasteable(found: Mapping[str, Any]) -> list[str]:
@@ -78,7 +84,10 @@ def shared(survey: Survey, preset: str) -> list[Finding]:
 
 
 def _all_modules(survey: Survey) -> set[str]:
-    """Every module of the live model that the base shows, containers and tied heads included."""
+    """Every module of the live model that the base shows, containers and tied heads included.
+
+    Numbers before one that is there are modules too, if without weights: the SiLU in a Sequential.
+    """
     family, model_class = survey.architecture, survey.model_class
     own = family.at_hand or family.components[0]
     names = {m.name.rpartition(".")[0] if m.is_parameter else m.name for m in survey.modules}
@@ -92,7 +101,11 @@ def _all_modules(survey: Survey) -> set[str]:
     for group in family.tied:
         if present & set(group):
             names |= {family.in_memory(own, path, model_class) for path in group}
-    return {".".join(e[:n]) for e in map(split, names) for n in range(1, len(e) + 1)}
+    found = {".".join(e[:n]) for e in map(split, names) for n in range(1, len(e) + 1)}
+    last: dict[str, int] = {}
+    for parent, _, number in (name.rpartition(".") for name in found):
+        last[parent] = max(last.get(parent, -1), int(number) if number.isdecimal() else -1)
+    return found | {f"{parent}.{n}" for parent, most in last.items() if parent for n in range(most)}
 
 
 def _all_parameters(survey: Survey) -> set[str]:

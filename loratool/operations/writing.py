@@ -13,7 +13,7 @@ from loratool.factors import require_alike
 from loratool.formats import metadata
 from loratool.hookspecs import Format
 from loratool.operations.refinement import in_whole_modules, one_module
-from loratool.plan import OutFile, Report
+from loratool.plan import OutFile, Report, TensorFile
 
 
 def spell(
@@ -50,10 +50,17 @@ def spell(
         adapter = brought
     written = format.write(adapter, architecture, options)
     if written.losses and not drop_unmapped:
+        some = [*written.losses[:12], *([f"... and {len(written.losses) - 12} more"] if written.losses[12:] else [])]
         raise InputError(
-            "\n  ".join([f"{format.name} cannot hold {len(written.losses)} parts of this", *written.losses[:12]]),
+            "\n  ".join([f"{format.name} cannot hold {len(written.losses)} parts of this", *some]),
             where=adapter.origin.path,
             hint="choose another format, or convert with --drop-unmapped to leave them out",
+        )
+    if written.losses and not any(isinstance(f, TensorFile) and f.tensors for f in written.files):
+        raise InputError(
+            f"{format.name} cannot hold any of this: nothing would be left (such as {written.losses[0]})",
+            where=adapter.origin.path,
+            hint="choose another format",
         )
     report.files = [file.name for file in written.files]
     report.findings += [Finding("warning", format.name, note) for note in written.notes]

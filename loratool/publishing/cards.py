@@ -83,7 +83,10 @@ def _listed(tags: object) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        return path.read_bytes().decode("utf-8") if path.is_file() else ""
+    except UnicodeDecodeError:
+        raise FormatError("the card is not UTF-8", where=path, hint="save it as UTF-8") from None
 
 
 def _report_in(folder: Path) -> dict[str, Any] | None:

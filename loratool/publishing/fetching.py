@@ -17,6 +17,9 @@ def pull(repo: str, out: Path, *, dry_run: bool, force: bool) -> Report:
     """Write the files of a repository to a folder, or one file of it to a file."""
     place = location.place(repo)
     single = place.is_file()
+    if not single and location.is_from_cache(repo):
+        what = "the Hub cannot be asked what is in it, and the cache may hold a part of it only"
+        raise HubError(what, where=location.called(repo), hint="run it with a connection, without HF_HUB_OFFLINE")
     every = [place] if single else sorted(p for p in place.rglob("*") if p.is_file())
     names = {path: out.name if single else path.relative_to(place).as_posix() for path in every}
     left = [] if single else [name for name in names.values() if _stays(name)]

@@ -45,7 +45,12 @@ class Target(NamedTuple):
         if self.files[path].size > _PIECE:
             raise HubError(f"{path} of {self.files[path].size:,} bytes is no text", where=self.name)
         name = self.name._replace(revision=self.listing.commit, path=path)
-        return hub.read(name, 0, self.files[path].size).decode("utf-8", "replace")
+        try:
+            return hub.read(name, 0, self.files[path].size).decode("utf-8")
+        except UnicodeDecodeError:
+            raise HubError(
+                f"{path} is not UTF-8", where=self.name, hint="save it as UTF-8 there, or remove it"
+            ) from None
 
 
 def target(repo: str, publishing: Publishing) -> Target:
@@ -76,11 +81,14 @@ def files_in(paths: Sequence[str]) -> tuple[dict[str, Path], list[Finding]]:
         root = Path(text)
         if not root.exists():
             raise StorageError("no such file or folder", where=text, hint="push sends local files")
-        for path in sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]:
+        within = (p for p in root.rglob("*") if p.is_file() or p.is_symlink())
+        for path in sorted(within) if root.is_dir() else [root]:
             inside = path.relative_to(root if root.is_dir() else root.parent).as_posix()
             hidden = any(part.startswith(".") for part in Path(inside).parts)
             if hidden or runs.is_state(path.name) or path.name in PRIVATE:
                 left.append(inside)
+            elif not path.is_file():
+                raise UsageError("this is a link to no file", where=path, hint="push what it names, or remove the link")
             elif root.is_dir() and not is_inside(path, root):
                 raise UsageError("this is a link that leads out of the folder", where=path, hint="push what it names")
             elif files.setdefault(inside, path) != path:

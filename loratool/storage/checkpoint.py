@@ -263,9 +263,8 @@ def left_behind(folder: str, taken: Collection[str]) -> list[str]:
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path, links followed, stays in its folder; the blobs of the Hugging Face cache count as inside."""
     real, home = path.resolve(), folder.resolve()
-    roots = [home]
-    if home.parent.name == "snapshots":  # snapshots/<commit>/x -> ../../blobs/<digest>
-        roots.append(home.parent.parent / "blobs")
+    commits = [place for place in (home, *home.parents) if place.parent.name == "snapshots"]
+    roots = [home, *(commit.parent.parent / "blobs" for commit in commits)]  # snapshots/<commit>/x/y -> blobs/<digest>
     roots += location.stores(folder)
     return any(real.is_relative_to(root) for root in roots)
 

@@ -67,6 +67,11 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
+def shown_endpoint() -> str:
+    """Return the address of the Hub as messages may have it: less a name and a password in it."""
+    return re.sub(r"(?<=://)[^/@]*@", "", endpoint())
+
+
 def is_open() -> bool:
     """Whether what is sent to the Hub, tokens included, can be read on the way: neither https nor this machine."""
     parts = urlsplit(endpoint())
@@ -154,7 +159,7 @@ def own_folder(name: HubName) -> Path:
     """Return the folder where loratool notes what it was told of a repository."""
     from huggingface_hub import constants
 
-    host = re.sub(r"[^\w.-]", "_", endpoint().partition("://")[2])
+    host = re.sub(r"[^\w.-]", "_", shown_endpoint().partition("://")[2])
     return Path(constants.HF_HOME, "loratool", host, name.repo.replace("/", "--"))
 
 
@@ -216,7 +221,7 @@ def _explained(problem: Exception, name: HubName, *, writing: bool) -> LoratoolE
     foreign = any(type(c).__module__.partition(".")[0].startswith(("httpx", "requests", "hf_xet")) for c in causes)
     if foreign or isinstance(problem, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
         hint = _AGAIN if writing else "is there a connection? What is in the cache opens with HF_HUB_OFFLINE=1"
-        return HubError(f"the connection to {endpoint()} failed: {told}", where=name, hint=hint)
+        return HubError(f"the connection to {shown_endpoint()} failed: {told}", where=name, hint=hint)
     if isinstance(problem, (ValueError, RuntimeError)) and not isinstance(problem, OSError):
         return HubError(f"the transfer failed: {told}", where=name, hint=_AGAIN if writing else "run it again")
     return None
@@ -229,9 +234,13 @@ def _of_answer(problem: Any, name: HubName, *, writing: bool) -> HubError:
     status = problem.response.status_code
     told = _scrubbed(getattr(problem, "server_message", None) or "")
     if isinstance(problem, errors.GatedRepoError):
-        what, hint = "access to this model is restricted", f"ask for it on {endpoint()}/{name.repo}, then {_LOGIN}"
+        what, hint = (
+            "access to this model is restricted",
+            f"ask for it on {shown_endpoint()}/{name.repo}, then {_LOGIN}",
+        )
     elif isinstance(problem, errors.RevisionNotFoundError):
-        what, hint = f"there is no revision {name.revision or 'main'!r}", f"{endpoint()}/{name.repo} lists the branches"
+        what = f"there is no revision {name.revision or 'main'!r}"
+        hint = f"{shown_endpoint()}/{name.repo} lists the branches"
     elif isinstance(problem, errors.EntryNotFoundError):
         what, hint = f"there is no file {name.path!r}" if name.path else "there is no such file", ""
     elif status == 401 and (token() or get_token()) and not isinstance(problem, errors.RepositoryNotFoundError):
@@ -261,6 +270,7 @@ def _scrubbed(text: str) -> str:
     from huggingface_hub import get_token
 
     text = re.sub(r"\?[^\s'\"]*", "", " ".join(text.split()))
+    text = re.sub(r"(?<=://)[^/\s@]*@", "", text)
     for secret in {token(), get_token()} - {None, ""}:
         text = text.replace(str(secret), "***")
     return text[:300]

@@ -16,7 +16,7 @@ import torch
 from loratool import dtypes
 from loratool.algebra import quantisation
 from loratool.encodings import Transposed4Bit
-from loratool.errors import StorageError
+from loratool.errors import InputError, StorageError
 from loratool.storage.descriptor import Descriptor
 from loratool.tensors import Inline, TensorRef, View
 
@@ -77,8 +77,7 @@ class Loader:
                 whole = self._whole(view.of[0])
                 result = torch.cat([whole[r.start : r.stop : r.step] for r in view.ranges])
             case "scaled":
-                inner = self._in_memory(view.of[0])
-                result = (inner.float() * view.factor).to(inner.dtype)
+                result = _scaled(self._in_memory(view.of[0]), view)
             case "transposed":
                 result = self._whole(view.of[0]).T
             case _:
@@ -132,6 +131,16 @@ class Loader:
             self._closed = True  # a worker that comes late must not open files that nobody will close
             self._files.clear()
             self._kept.clear()
+
+
+def _scaled(inner: torch.Tensor, view: View) -> torch.Tensor:
+    """Return a tensor times a factor, rounded once to its dtype; InputError where that has no such number."""
+    result = (inner.to(torch.promote_types(inner.dtype, torch.float32)) * view.factor).to(inner.dtype)
+    if not result.isfinite().all() and inner.isfinite().all():
+        dtype = str(inner.dtype).removeprefix("torch.")
+        hint = "loratool resize --energy 1 --dtype float32 folds the scalings in"
+        raise InputError(f"times {view.factor:g} it is beyond {dtype}", where=view.of[0].name, hint=hint)
+    return result
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -68,10 +68,21 @@ def place(source: str) -> Path:
     return found.place if found else Path(source)
 
 
+def spelled(path: str) -> str:
+    """Return a local path as nobody can take it for the name of a repository; an address as it is."""
+    return path if hub_names.is_address(path) else str(Path(path).absolute())
+
+
 def called(source: str) -> str:
     """Return how reports call a source: a repository with the commit that was opened, a path as it is."""
     found = _remembered(source)
     return found.called if found else source
+
+
+def is_from_cache(source: str) -> bool:
+    """Whether a repository was opened as the cache has it, which may be a part of it: the Hub could not be asked."""
+    found = _remembered(source)
+    return found is not None and found.offline
 
 
 def name_in_configs(source: str) -> str:
@@ -150,7 +161,9 @@ def warn_of_open_endpoint() -> None:
     from loratool.storage import hub
 
     if hub.is_open():
-        _say("HF_ENDPOINT", f"warning: {hub.endpoint()} is not https: others can read tokens and files on the way")
+        _say(
+            "HF_ENDPOINT", f"warning: {hub.shown_endpoint()} is not https: others can read tokens and files on the way"
+        )
 
 
 def _open(source: str, name: HubName) -> _Opened:
@@ -176,7 +189,7 @@ def _open(source: str, name: HubName) -> _Opened:
         fixed = name._replace(revision=told.commit)
         hub.note_commit(name, told.commit)
         root = _mirrored(fixed._replace(path=""), told)
-        _say(source, f"{name}: commit {told.commit} on {hub.endpoint()}")
+        _say(source, f"{name}: commit {told.commit} on {hub.shown_endpoint()}")
         cached = None
     inside = root / name.path if name.path else root
     if not inside.exists():

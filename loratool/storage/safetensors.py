@@ -41,6 +41,9 @@ def read_header(path: Path) -> Header:
             raise FormatError(f"{size} bytes are too few for a safetensors file", where=path, hint=_DAMAGED)
         (length,) = struct.unpack("<Q", prefix)
         if length > HEADER_CAP:
+            stands = next((what for start, what in _INSTEAD.items() if prefix.lower().startswith(start)), None)
+            if stands:
+                raise FormatError(f"{stands[0]}, and no safetensors file", where=path, hint=stands[1])
             raise FormatError(
                 f"a header of {length:,} bytes is beyond the cap of {HEADER_CAP:,}: not a safetensors file?",
                 where=path,
@@ -64,6 +67,12 @@ def read_header(path: Path) -> Header:
     return Header(prefix + text, tuple(refs), metadata)
 
 
+_PAGE = ("this is a web page", "the download was answered with it: fetch the file again, logged in if need be")
+_INSTEAD = {  # how files begin that lie where weights should
+    b"version ": ("this is a pointer of Git LFS", "git lfs pull fetches the file itself"),
+    b"<!doctyp": _PAGE,
+    b"<html": _PAGE,
+}
 _DAMAGED = "the file is damaged or its download was cut off: fetch it again"
 
 

@@ -129,7 +129,8 @@ def test_folding_is_exact_by_powers_of_two_and_told_otherwise(alpha, word, write
     stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     assert ours.keys() == {f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"}
     exact = tensors[f"{Q}.lora_up.weight"].double() * alpha / 4
-    assert torch.equal(ours[f"{stem}.lora_B.weight"], exact.to(torch.bfloat16))
+    product = ours[f"{stem}.lora_B.weight"].double() @ ours[f"{stem}.lora_A.weight"].double()
+    assert torch.equal(product, exact.bfloat16().double() @ tensors[f"{Q}.lora_down.weight"].double())
     if word == "rounds":
         assert 0 < report.totals["largest_relative_error"] < 2**-8
     else:
@@ -227,6 +228,51 @@ def test_a_format_that_cannot_carry_a_part_says_so_before_it_writes(tensors, to,
     assert not (tmp_path / "o.safetensors").exists()
 
 
+def test_a_dry_run_says_what_will_be_refused_although_it_looks_at_no_numbers(write, tmp_path):
+    tensors = pair("lora_unet_double_blocks_0_img_attn_proj")
+    for n in range(20):  # xlabs has no name for these, nor for their four parts
+        tensors |= pair(f"lora_unet_single_blocks_{n}_linear1", out=56)
+    path, out = write(tensors), tmp_path / "o.safetensors"
+    told = loratool.convert(path, out, to="xlabs", arch="flux", dry_run=True).findings
+    assert any("cannot hold 80 parts" in f.what and "--drop-unmapped" in f.hint for f in told)
+    told = loratool.convert(path, out, to="xlabs", arch="flux", dry_run=True, drop_unmapped=True).findings
+    assert sum(f.where == "dropped" for f in told) == 80
+    assert loratool.convert(path, out, to="diffusers", arch="flux", dry_run=True).findings == []
+    with pytest.raises(InputError, match=r"cannot hold 80 parts[\s\S]*and 68 more"):
+        loratool.convert(path, out, to="xlabs", arch="flux")
+    told = loratool.convert(path, out, to="xlabs", arch="flux", drop_unmapped=True).findings
+    assert sum(f.where == "dropped" for f in told) == 80
+    assert len(load_file(out)) == 2
+
+
+def test_a_file_in_which_nothing_would_be_left_is_not_written(write, tmp_path):
+    path, out = write(pair("lora_unet_single_blocks_0_linear2")), tmp_path / "o.safetensors"
+    with pytest.raises(InputError, match="nothing would be left"):
+        loratool.convert(path, out, to="xlabs", arch="flux", drop_unmapped=True)
+    assert not out.exists()
+
+
+def test_a_unet_is_called_unet_by_an_older_onetrainer(write, tmp_path):
+    """OneTrainer wraps a UNet as lora_unet, a transformer as lora_transformer, both with diffusers' names."""
+    for family, source, expected in (
+        ("stable-diffusion-xl", "unet.mid_block.attentions.0.proj_in", "lora_unet_mid_block_attentions_0_proj_in"),
+        ("flux", "transformer.proj_out", "lora_transformer_proj_out"),
+    ):
+        path, out = write(pair(source)), tmp_path / f"{family}.safetensors"
+        loratool.convert(path, out, to="onetrainer-legacy", arch=family)
+        assert {name.split(".")[0] for name in load_file(out)} == {expected}
+        assert [str(t).replace(":", ".") for t in open_adapter(out, arch=family).targets] == [source]
+
+
+def test_verify_does_not_take_its_own_output_for_a_repository(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write(pair(Q, alpha=torch.tensor(2.0)))
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(path), "-o", "org/name", "--to", "peft", "--arch", "stable-diffusion", "--verify"])
+    assert ended.value.code == 0
+    assert "Hub" not in capsys.readouterr().err
+
+
 def test_a_file_that_two_families_spell_differently_is_not_guessed(write, tmp_path):
     path = write(pair("transformer.transformer_blocks.0.attn.to_q"))
     with pytest.raises(AmbiguityError, match="which comfy spells differently"):
@@ -266,3 +312,106 @@ def test_a_pure_rename_does_not_load_torch(source, to, write, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert len(load_file(tmp_path / "o.safetensors")) == 3
+
+
+ATTENTION = "transformer.transformer_blocks.0.attn."
+QKV = "diffusion_model.double_blocks.0.img_attn.qkv"
+
+
+def seeded(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def update(tensors, module, names):
+    """LyCORIS' rule in fp64, whatever is in the file: alpha / rank times the product; an absent alpha is the rank."""
+    factors = [tensors[f"{module}.{name}"].double() for name in names]
+    rank = factors[1].shape[0]
+    scale = float(tensors.get(f"{module}.alpha", rank)) / rank
+    products = [a @ b for a, b in zip(factors[::2], factors[1::2], strict=True)]
+    return scale * (products[0] * products[1] if len(products) > 1 else products[0])
+
+
+def test_alphas_stay_where_not_every_kind_can_do_without(write, tmp_path):
+    hada, low = [f"hada_{n}" for n in ("w1_a", "w1_b", "w2_a", "w2_b")], ["lora_up.weight", "lora_down.weight"]
+    tensors = {f"{K}.{name}": seeded(8, 4) if name.endswith("_a") else seeded(4, 8) for name in hada}
+    tensors[f"{K}.alpha"] = torch.tensor(1.0)
+    for module, rank in ((Q, 2), (Q.replace("to_q", "to_v"), 4)):  # of different alphas, each its rank
+        tensors |= {f"{module}.lora_down.weight": seeded(rank, 8), f"{module}.lora_up.weight": seeded(8, rank)}
+    loratool.convert(write(tensors), tmp_path / "o.safetensors", to="kohya", arch="stable-diffusion")
+    found = load_file(tmp_path / "o.safetensors")
+    assert torch.equal(update(found, K, hada), update(tensors, K, hada))
+    assert torch.equal(update(found, Q, low), update(tensors, Q, low))
+
+
+def test_biases_that_are_joined_keep_each_its_own_strength(write, tmp_path):
+    tensors = {}
+    for name, alpha in (("to_q", 4.0), ("to_k", 8.0), ("to_v", 2.0)):
+        module = ATTENTION + name
+        tensors |= {f"{module}.lora_A.weight": seeded(4, 8), f"{module}.lora_B.weight": seeded(8, 4)}
+        tensors |= {f"{module}.lora_B.bias": torch.ones(8), f"{module}.alpha": torch.tensor(alpha)}
+    loratool.convert(write(tensors), tmp_path / "o.safetensors", to="comfy", arch="flux")
+    bias = load_file(tmp_path / "o.safetensors")[f"{QKV}.diff_b"]
+    assert bias.tolist() == [1.0] * 8 + [2.0] * 8 + [0.5] * 8
+
+
+def test_a_bias_that_is_missing_in_a_join_is_as_high_as_its_weight(write, tmp_path):
+    start, high = "transformer.single_transformer_blocks.0.", {"attn.to_q": 8, "attn.to_k": 8, "attn.to_v": 8}
+    tensors = {}
+    for name, rows in {**high, "proj_mlp": 32}.items():
+        tensors |= {f"{start}{name}.lora_A.weight": seeded(2, 8), f"{start}{name}.lora_B.weight": seeded(rows, 2)}
+        tensors |= {f"{start}{name}.diff_b": torch.ones(rows)} if name != "attn.to_q" else {}
+    loratool.convert(write(tensors), tmp_path / "o.safetensors", to="comfy", arch="flux")
+    bias = load_file(tmp_path / "o.safetensors")["diffusion_model.single_blocks.0.linear1.diff_b"]
+    assert bias.tolist() == [0.0] * 8 + [1.0] * 48
+
+
+@pytest.mark.parametrize("part", ["lora_B.bias", "diff", "lora_magnitude_vector.weight"])
+def test_parts_of_different_dtypes_are_not_joined_by_their_bytes(part, write, tmp_path):
+    tensors = {}
+    for name, dtype in (("to_q", torch.float32), ("to_k", torch.float16), ("to_v", torch.float32)):
+        module = ATTENTION + name
+        if part != "diff":
+            tensors |= {f"{module}.lora_A.weight": seeded(4, 8), f"{module}.lora_B.weight": seeded(8, 4)}
+        tensors[f"{module}.{part}"] = seeded(8, 8, dtype=dtype) if part == "diff" else torch.ones(8, dtype=dtype)
+    module = ATTENTION + "to_out.0"
+    if part == "diff":
+        tensors |= {f"{module}.lora_A.weight": seeded(4, 8), f"{module}.lora_B.weight": seeded(8, 4)}
+    with pytest.raises(InputError, match="different dtypes"):
+        loratool.convert(write(tensors), tmp_path / "o.safetensors", to="comfy", arch="flux")
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+@pytest.mark.parametrize("to", ["ai-toolkit", "bfl"])
+def test_the_strength_of_dora_is_folded_where_a_file_has_no_alpha(to, write, tmp_path):
+    module = "lora_unet_double_blocks_0_img_attn_proj"
+    tensors = {f"{module}.lora_down.weight": seeded(4, 8), f"{module}.lora_up.weight": seeded(8, 4)}
+    tensors |= {f"{module}.alpha": torch.tensor(2.0), f"{module}.dora_scale": torch.ones(8, 1)}
+    source = write(tensors)
+    loratool.convert(source, tmp_path / "o.safetensors", to=to, arch="flux")
+    found = load_file(tmp_path / "o.safetensors")
+    down, up = (next(t for n, t in found.items() if n.endswith(f"lora_{end}.weight")) for end in "AB")
+    assert not [n for n in found if n.endswith(".alpha")]
+    wanted = update(tensors, module, ["lora_up.weight", "lora_down.weight"])
+    assert torch.equal(up.double() @ down.double(), wanted)
+    with pytest.raises(InputError, match="cannot hold dora"):
+        loratool.convert(source, tmp_path / "x.safetensors", to="xlabs", arch="flux")
+
+
+def test_folding_loses_little_in_half_precision_and_says_what_it_cannot_hold(write, tmp_path):
+    module, names = ATTENTION + "to_q", ["lora_B.weight", "lora_A.weight"]
+    small = {
+        f"{module}.lora_A.weight": seeded(128, 64).half(),
+        f"{module}.lora_B.weight": (seeded(64, 128) / 1e3).half(),
+    }
+    small[f"{module}.alpha"] = torch.tensor(0.5)
+    loratool.convert(write(small), tmp_path / "o.safetensors", to="ai-toolkit", arch="flux")
+    wanted, found = (update(t, module, names) for t in (small, load_file(tmp_path / "o.safetensors")))
+    assert (found - wanted).norm() / wanted.norm() < 2.0**-10
+    large = {
+        f"{module}.lora_A.weight": torch.ones(2, 8).half(),
+        f"{module}.lora_B.weight": torch.full((8, 2), 6e4).half(),
+    }
+    large[f"{module}.alpha"] = torch.tensor(4.0)
+    with pytest.raises(InputError, match="beyond float16"):
+        loratool.convert(write(large), tmp_path / "x.safetensors", to="ai-toolkit", arch="flux")
+    assert not (tmp_path / "x.safetensors").exists()

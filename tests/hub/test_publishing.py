@@ -16,6 +16,7 @@ from tiny_files import environment, run_main, snapshot, write_adapter, write_bas
 import loratool
 from loratool import Publishing
 from loratool.errors import HubError, LoratoolError
+from loratool.storage import location
 from loratool.testing.hub import READ_TOKEN, Hub
 
 pytest_plugins = ["hub_fixtures"]
@@ -370,6 +371,19 @@ def test_a_pull_that_fails_leaves_nothing(hub: Hub, base, adapter, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pull_from_a_cache_that_may_be_a_part_is_refused(hub: Hub, adapter, tmp_path, monkeypatch):
+    from huggingface_hub import constants, hf_hub_download
+
+    hub.create("me/adapter", {**snapshot(adapter), "README.md": "# hi"})
+    hf_hub_download("me/adapter", "README.md")  # is all that the cache has
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="a part of it"):
+        loratool.pull("me/adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    loratool.pull("hf://me/adapter/README.md", tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == "# hi"
+
+
 # -- the command line -------------------------------------------------------------------------------------------
 
 
@@ -405,6 +419,28 @@ def test_a_link_that_leads_out_of_the_folder_is_not_sent(hub: Hub, adapter, tmp_
     with pytest.raises(LoratoolError, match="leads out"):
         loratool.push(adapter, to="me/adapter")
     assert "me/adapter" not in hub.repos
+
+
+@pytest.mark.parametrize("to", ["folder", "nothing"])
+def test_a_link_that_is_no_file_is_not_left_out_silently(to, hub: Hub, adapter, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/x.safetensors").write_bytes(b"weights")
+    (adapter / "unet").symlink_to(tmp_path / to)
+    with pytest.raises(LoratoolError, match="link to no file"):
+        loratool.push(adapter, to="me/adapter")
+    assert "me/adapter" not in hub.repos
+
+
+@pytest.mark.parametrize("where", ["the Hub", "the disk"])
+def test_a_card_that_is_not_utf8_is_not_mangled(where, hub: Hub, adapter):
+    raw = "---\nlicense: mit\n---\n# Caf\u00e9\n".encode("latin-1")
+    hub.create("me/adapter", {"README.md": raw if where == "the Hub" else "# x\n"})
+    if where == "the disk":
+        (adapter / "README.md").write_bytes(raw)
+    before = hub.files("me/adapter")
+    with pytest.raises(LoratoolError, match="UTF-8"):
+        loratool.push(adapter, to="me/adapter")
+    assert hub.files("me/adapter") == before
 
 
 CANARY = "hf_canaryTOKENthatNoOutputMayHold"
@@ -468,3 +504,20 @@ def test_a_token_in_an_address_is_refused_and_not_repeated(hub: Hub):
     with pytest.raises(LoratoolError) as caught:
         loratool.inspect(f"https://user:{CANARY}@huggingface.co/me/adapter")
     assert CANARY not in f"{caught.value} {caught.value.hint}"
+
+
+def test_a_password_in_the_address_of_the_hub_is_in_no_message(hub: Hub, monkeypatch, tmp_path):
+    from loratool.storage.hub import own_folder
+    from loratool.storage.hub_names import HubName
+
+    told: list[str] = []
+    monkeypatch.setattr(location, "announce", lambda source, text: told.append(text))
+    monkeypatch.setenv("HF_ENDPOINT", f"http://joe:{CANARY}@127.0.0.1:9")
+    monkeypatch.setattr("loratool.storage.hub._RETRIES", 0)
+    with pytest.raises(HubError, match=r"127\.0\.0\.1:9 failed") as caught:
+        loratool.inspect("me/adapter")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://joe:{CANARY}@mirror.example")
+    location.warn_of_open_endpoint()
+    assert "http://mirror.example is not https" in told[0]
+    for text in (str(caught.value), caught.value.hint, *told, str(own_folder(HubName("me/adapter")))):
+        assert CANARY not in text

@@ -6,6 +6,7 @@ own functions; sums are those of a few lines in fp64.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], components: An
             torch.testing.assert_close(found[component][name], weight, rtol=1e-5, atol=1e-5, msg=f"{component} {name}")
 
 
+def as_in_the_cache(folder: Path, repository: Path) -> Path:
+    """Lay a folder out as huggingface_hub does: snapshots/<commit>/unet/config.json -> ../../../blobs/<digest>."""
+    commit, blobs = repository / "snapshots" / ("a" * 40), repository / "blobs"
+    blobs.mkdir(parents=True)
+    for n, file in enumerate(p for p in sorted(folder.rglob("*")) if p.is_file()):
+        (blobs / str(n)).write_bytes(file.read_bytes())
+        link = commit / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / str(n), link.parent))
+    return commit
+
+
 def test_the_checkpoint_of_one_file_is_what_diffusers_reads(case):
     assert_close(case.converted(case.file), case.states, diffusers_names(case.pipe, dict(case.single)))
 
@@ -107,6 +120,9 @@ def test_what_no_adapter_is_for_goes_along_byte_for_byte(case, tmp_path):
         Path("README.md"),
         Path("loratool.report.json"),
     }
+    cache = as_in_the_cache(case.base, tmp_path / "models--org--name")
+    loratool.merge(cache, [case.adapter], tmp_path / "from-cache", dtype="bfloat16")
+    assert files <= {p.relative_to(tmp_path / "from-cache") for p in (tmp_path / "from-cache").rglob("*")}
     changed = {p for p in files if (case.base / p).read_bytes() != (tmp_path / "out" / p).read_bytes()}
     assert all(p.parts[0] in case.states for p in changed)
     assert not any(p.parts[0] == "vae" for p in changed)

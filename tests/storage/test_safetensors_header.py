@@ -269,6 +269,21 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
         ours.read_header(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"<html><head></head></html>", "web page"),
+    ],
+)
+def test_what_often_lies_in_place_of_weights_is_named(content: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=told):
+        ours.read_header(path)
+
+
 def test_a_file_that_cannot_be_opened_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot be read"):
         ours.read_header(tmp_path)

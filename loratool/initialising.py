@@ -1,0 +1,162 @@
+"""init as a function: a new adapter for training, made from what the family says of a base."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Unpack
+
+from loratool.adapter import Adapter, Weighted
+from loratool.architecture import Architecture
+from loratool.engine import EVERYTHING
+from loratool.errors import UsageError
+from loratool.opening import family_of, globs, open_adapter, plugins_of
+from loratool.operations.init import INITIAL, INITS, Start
+from loratool.operations.initial import RESIDUAL_OF
+from loratool.operations.survey import PRESETS
+from loratool.operations.trainable import Wish
+from loratool.plan import Plan, Report
+from loratool.publishing import finish
+from loratool.settings import Running, StrPath
+from loratool.storage import checkpoint
+from loratool.storage.hub_names import is_address
+from loratool.storage.target import check_target
+
+_OF_LIKE = "it has modules, ranks and alphas of its own"
+
+
+def init(
+    base: StrPath,
+    out: StrPath,
+    *,
+    preset: str = "",
+    rank: int | None = None,
+    alpha: float | None = None,
+    rank_for: Mapping[str, int] | None = None,
+    alpha_for: Mapping[str, float] | None = None,
+    rslora: bool = False,
+    like: StrPath = "",
+    init: str = "kaiming",
+    residual: StrPath = "",
+    seed: int = 0,
+    dtype: str = "float32",
+    target: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    arch: str = "",
+    allow_pickle: bool = False,
+    **running: Unpack[Running],
+) -> Report:
+    """Write a new adapter for `base`, ready to be trained in PEFT, to the folder `out`.
+
+    `preset` ("default", "attention", "mlp", "all-linear"), `target` and `exclude` choose the modules; `rank` is 8 and
+    `alpha` 16, but for the modules of the patterns in `rank_for` and `alpha_for`. `like` is an adapter that has all of
+    this already. `init`: "kaiming", "gaussian", or "pissa", which also writes what it leaves of the base to `residual`.
+    """
+    from loratool.operations import init as operation
+
+    _check(init, preset, str(out), str(residual))
+    given = (rank, alpha, rank_for, alpha_for, rslora, preset)
+    if like and any(given):
+        names = "--preset, --rank, --rank-for, --alpha, --alpha-for or --rslora"
+        raise UsageError(f"--like goes without {names}: {_OF_LIKE}", hint="leave one of them out")
+    opened = checkpoint.open_base(str(base), allow_pickle=allow_pickle)
+    architecture, notes = family_of(opened, arch, running)
+    wish = Wish(
+        preset,
+        globs(target),
+        globs(exclude),
+        8 if rank is None else rank,
+        16.0 if alpha is None else alpha,
+        tuple((rank_for or {}).items()),
+        tuple((alpha_for or {}).items()),
+        rslora,
+        _opened_like(like, architecture, running, allow_pickle=allow_pickle) if like else None,
+    )
+    memory = running.get("resources", EVERYTHING).memory
+    start = Start(init, seed, dtype, str(Path(residual).resolve()) if residual else "", memory)
+    plan, adapter = operation.plan(opened, architecture, wish, start, plugins_of(running).format("peft"))
+    plan.preview.findings += notes
+    plan.preview.sources |= {"base": str(base), **({"like": str(like)} if like else {})}
+    inputs = [base, *([like] if like else [])]
+    if not residual:
+        return finish(plan, inputs, out, **running)
+    less = _Residual(opened, architecture, str(base), Path(out), Path(residual))
+    return _with_residual(plan, less, adapter, inputs, running)
+
+
+def _check(init: str, preset: str, out: str, residual: str) -> None:
+    """Raise UsageError where the arguments cannot be meant together."""
+    if init not in INITS:
+        raise UsageError(f"{init!r} is no start that loratool can make", hint=f"--init {', '.join(INITS)}")
+    if preset and preset not in PRESETS:
+        raise UsageError(f"{preset!r} is no preset", hint=f"--preset {', '.join(PRESETS)}")
+    if out.endswith(".safetensors"):
+        raise UsageError("a new adapter is a folder", where=out, hint=f"-o {out.removesuffix('.safetensors')}")
+    if (init == "pissa") != bool(residual):
+        what = (
+            "PiSSA takes the adapter's start out of the base"
+            if not residual
+            else f"--init {init} leaves the base as it is"
+        )
+        hint = "--residual DIR is where the rest is written" if not residual else "leave --residual out"
+        raise UsageError(what, hint=hint)
+    if residual and (is_address(out) or is_address(residual)):
+        raise UsageError("PiSSA's two outputs belong together", hint="write both here, then loratool push each")
+    one, two = Path(out).resolve(), Path(residual).resolve()
+    if residual and (one == two or one.is_relative_to(two) or two.is_relative_to(one)):
+        raise UsageError("--residual and -o must be two folders, neither in the other", where=residual)
+
+
+def _opened_like(
+    like: StrPath, architecture: Architecture, running: Mapping[str, Any], *, allow_pickle: bool
+) -> Adapter:
+    """Open the adapter whose modules are taken; what it did to its base does not matter here."""
+    opened = open_adapter(like, arch=architecture, allow_pickle=allow_pickle, plugins=plugins_of(running))
+    return replace(opened, changed_base="").require_sound()
+
+
+class _Residual(NamedTuple):
+    """What is left of a base when the start of an adapter, at `adapter`, is taken out of it; written to `out`."""
+
+    base: checkpoint.Checkpoint
+    architecture: Architecture
+    called: str
+    adapter: Path
+    out: Path
+
+    def plan(self, started: Adapter) -> Plan:
+        """Plan it: a merge with weight -1."""
+        from loratool.operations import merge as operation
+
+        made = operation.plan(self.base, self.architecture, [Weighted(started, -1.0)], out_name=self.out.name)
+        made.preview.totals |= {RESIDUAL_OF: self.base.path, "initial": str((self.adapter / INITIAL).resolve())}
+        made.preview.sources["base"] = self.called
+        return made
+
+
+def _with_residual(
+    plan: Plan, less: _Residual, adapter: Adapter, inputs: Sequence[StrPath], running: Running
+) -> Report:
+    """Write the adapter, then the base less what it starts from; where the second fails, the first goes again.
+
+    An adapter without its base says so when it is loaded; a base without its adapter would be taken for a model.
+    """
+    first = less.plan(adapter)  # every mismatch is found before anything is written
+    locally = [str(path) for path in inputs if Path(path).exists()]
+    names = [file.name for file in first.files]
+    check_target(less.out, locally, single_file=first.single_file, force=running.get("force", False), names=names)
+    report = finish(plan, inputs, less.adapter, **running)
+    report.totals["residual"] = str(less.out)
+    if report.dry_run:
+        return report
+    try:
+        started = open_adapter(less.adapter / INITIAL, arch=less.architecture, plugins=plugins_of(running))
+        done = finish(less.plan(replace(started, changed_base="")), [*inputs, less.adapter], less.out, **running)
+    except BaseException:
+        shutil.rmtree(less.adapter, ignore_errors=True)
+        raise
+    report.totals["residual_rounding"] = done.totals["rounding"]
+    report.findings += [f for f in done.findings if f not in report.findings and f.level != "info"]
+    return report

@@ -1,0 +1,229 @@
+"""init: a new adapter for PEFT, ready to be trained, of the modules of a live model that a base on disk stands for.
+
+The tensors are named and shaped as PEFT has them in memory, the config selects exactly their modules. What is written
+is read back in the plan, so that nothing is made that the other verbs could not use. PiSSA changes the base: the
+adapter is for what it leaves of it, and is kept in `initial/` as it began, for the way back to the original.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod, sqrt
+from typing import Any
+
+from loratool import dtypes
+from loratool.adapter import Adapter, Finding, Origin
+from loratool.architecture import Architecture
+from loratool.errors import InputError, UnsupportedError
+from loratool.formats.peft_config import STACKED_SINCE, make_config
+from loratool.hookspecs import Format
+from loratool.operations.matching import assembled, places, resolve
+from loratool.operations.starts import PrincipalStart, random_start
+from loratool.operations.survey import Survey, survey_of
+from loratool.operations.targets import shared, targets_of
+from loratool.operations.trainable import Trained, Wish, trained
+from loratool.plan import Facts, Input, JsonFile, Out, Plan, Report, Settled, Spooled, TensorFile, Unit
+from loratool.storage.checkpoint import Checkpoint
+from loratool.storage.location import name_in_configs
+from loratool.tensors import TensorRef, TensorSource
+
+INITS = ("kaiming", "gaussian", "pissa")
+INITIAL = "initial"  # the folder in the adapter's that holds what it was before training
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the factors begin. `residual` is where the rest of the base goes that PiSSA leaves; `memory` is in bytes."""
+
+    init: str = "kaiming"
+    seed: int = 0
+    dtype: str = "float32"
+    residual: str = ""
+    memory: int = 2 << 30
+
+
+def plan(
+    base: Checkpoint, architecture: Architecture, wish: Wish, start: Start, format: Format
+) -> tuple[Plan, Adapter]:
+    """Plan a new adapter for `base`, in PEFT's format; beside the plan, the adapter as it will be read."""
+    survey = survey_of(base, architecture)
+    modules = trained(survey, wish, base.path)
+    dtype = dtypes.from_torch_name(start.dtype)
+    refs = [TensorRef(name, shape, dtype) for m in modules for name, shape in zip(m.names, (m.down, m.up), strict=True)]
+    config = _config(survey, modules, start.residual or name_in_configs(base.path))
+    names = [_WEIGHTS]
+    files: list[TensorFile | JsonFile] = [TensorFile.new(_WEIGHTS, refs, {"format": "pt"}), JsonFile(_CONFIG, config)]
+    read = _read_back(refs, config, architecture, format, base.path)
+    if start.init == "pissa":
+        before = {**config, "init_lora_weights": "pissa", "base_model_name_or_path": name_in_configs(base.path)}
+        names.append(f"{INITIAL}/{_WEIGHTS}")
+        files += [TensorFile.new(names[1], refs, {"format": "pt"}), JsonFile(f"{INITIAL}/{_CONFIG}", before)]
+        units: Sequence[Unit] = _principal(modules, read, (base, architecture), start, names)
+    else:
+        units = [random_start(m, _outs(m, _WEIGHTS, dtype), start.init, start.seed) for m in modules]
+    report = Report(verb="init", findings=_findings(survey, wish))
+    report.totals = _totals(survey, modules, start, refs)
+    report.totals |= {name: config[name] for name in ("target_modules", "target_parameters") if config.get(name)}
+    report.rows = [_row(m) for m in modules]
+    report.files = [file.name for file in files]
+
+    def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
+        for row, unit in zip(report.rows, units, strict=True):
+            if "kept" in facts[unit.key]:
+                row["share_of_norm"] = sqrt(facts[unit.key]["kept"] / (facts[unit.key]["total"] or 1.0))
+        return Settled(report)
+
+    inputs = (Input(base.path, base.tensors, {}, otherwise="not read"),)
+    return Plan(tuple(units), report, settle, tuple(files), inputs=inputs), read
+
+
+def _outs(module: Trained, file: str, dtype: str) -> tuple[Out, Out]:
+    down, up = module.names
+    return Out(file, down, module.down, dtype), Out(file, up, module.up, dtype)
+
+
+def _config(survey: Survey, modules: Sequence[Trained], base: str) -> dict[str, Any]:
+    """Return the config under which PEFT adapts these modules, no others, and gives them these ranks and scalings.
+
+    r and lora_alpha are those of parameters, where there are any: PEFT warns of patterns that match no module.
+    """
+    leading = [m.told for m in modules if m.module.is_parameter] or [m.told for m in modules]
+    told = [m.told for m in modules]
+    config = make_config(Adapter({}, Origin("", base), base_model=base), told)
+    rank, alpha = (Counter(of).most_common(1)[0][0] for of in ([m.rank for m in leading], [m.alpha for m in leading]))
+    config |= {"r": rank, "rank_pattern": _pattern({m.path: m.rank for m in told}, rank)}
+    config |= {"lora_alpha": _tidy(alpha), "alpha_pattern": _pattern({m.path: _tidy(m.alpha) for m in told}, alpha)}
+    found = targets_of(survey, [m.module for m in modules])
+    config |= {"target_modules": found["target_modules"], "inference_mode": False, "use_rslora": modules[0].rslora}
+    if found["target_parameters"]:
+        version = ".".join(map(str, (*STACKED_SINCE, 0)))
+        config |= {"target_parameters": found["target_parameters"], "peft_version": version}
+    else:
+        config.pop("target_parameters", None)
+    config["fan_in_fan_out"] = {m.kind for m in modules} - {"embedding"} == {"Conv1D"}
+    config["task_type"] = _task(survey)
+    return config
+
+
+def _pattern(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """Return what differs from the usual, by regular expressions that match one module each."""
+    return {"^" + re.escape(path): value for path, value in values.items() if value != usual}
+
+
+def _tidy(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def _task(survey: Survey) -> str | None:
+    """Return PEFT's word for a model that generates; for others it has none, or trains a head beside."""
+    name = survey.model_class
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    encodes = survey.config.get("is_encoder_decoder") and name.endswith("ForConditionalGeneration")
+    return "SEQ_2_SEQ_LM" if encodes else None
+
+
+def _read_back(
+    refs: Sequence[TensorRef], config: Mapping[str, Any], architecture: Architecture, format: Format, where: str
+) -> Adapter:
+    """Return the adapter as it will be read; raise where it cannot be: such modules cannot be merged after training."""
+    source = TensorSource(where, {ref.name: ref for ref in refs}, {"format": "pt"}, config)
+    adapter = format.read(source, (architecture,))
+    errors = [f"{f.where}: {f.what}" for f in adapter.findings if f.level == "error"]
+    if errors:
+        what = ["PEFT could train these modules, and loratool could not use the result", *errors[:8]]
+        raise UnsupportedError("\n  ".join(what), where=where, hint="leave them out with --exclude")
+    return adapter
+
+
+def _findings(survey: Survey, wish: Wish) -> list[Finding]:
+    findings = shared(survey, wish.preset or "default") if wish.is_preset else []
+    if survey.model_class.endswith(_HEADS):
+        what = "its head is no part of the adapter: modules_to_save in a LoraConfig of your own trains it along"
+        findings.append(Finding("info", survey.model_class, what))
+    return findings
+
+
+def _totals(survey: Survey, modules: Sequence[Trained], start: Start, refs: Sequence[TensorRef]) -> dict[str, Any]:
+    return {
+        "family": survey.architecture.name,
+        "init": start.init,
+        "modules": len(modules),
+        "ranks": sorted({m.rank for m in modules}),
+        "alphas": sorted({m.alpha for m in modules}),
+        "scalings": sorted({float(f"{m.scaling:.6g}") for m in modules}),
+        "parameters": sum(prod(ref.shape) for ref in refs),
+        "bytes": sum(ref.nbytes for ref in refs),
+    }
+
+
+def _row(module: Trained) -> dict[str, Any]:
+    one = module.module
+    kind = "parameter" if one.is_parameter else module.kind
+    shape = [*([one.copies] if one.copies > 1 else []), one.out, one.inputs]
+    row = {"module": one.name, "kind": kind, "of": shape, "rank": module.rank, "alpha": module.alpha}
+    return {**row, "parameters": prod(module.down) + prod(module.up)}
+
+
+# -- PiSSA ------------------------------------------------------------------------------------------------------------
+
+
+def _principal(
+    modules: Sequence[Trained],
+    adapter: Adapter,
+    model: tuple[Checkpoint, Architecture],
+    start: Start,
+    files: Sequence[str],
+) -> list[PrincipalStart]:
+    """Return the units that factorise the weights of linear layers; raise, by name, where one is something else."""
+    base, architecture = model
+    if base.quantised:
+        what = "PiSSA takes the principal part out of the weights, and these are quantised"
+        raise InputError(what, where=base.path, hint="begin with the model in 16 bits; or --init kaiming")
+    odd = [m for m in modules if m.module.is_parameter or m.kind not in ("linear", "Conv1D") or len(m.down) > 2]
+    small = [m for m in modules if m.rank > min(m.module.out, m.module.inputs)]
+    for found, what in ((odd, "PiSSA is for linear layers"), (small, "the rank is above the smaller side of")):
+        if found:
+            told = ", ".join(m.module.name for m in found[:4]) + (f" and {len(found) - 4} more" if found[4:] else "")
+            raise UnsupportedError(f"{what}: {told}", where=base.path, hint="--exclude leaves modules out")
+    weights = _weights(adapter, base, architecture)
+    dtype = dtypes.from_torch_name(start.dtype)
+    units = []
+    for module in modules:
+        weight, transposed = weights[module.name]
+        copies = tuple(_outs(module, file, dtype) for file in files)
+        unit = PrincipalStart(
+            module.module.name,
+            weight,
+            transposed,
+            module.rank,
+            module.scaling,
+            start.seed,
+            streamed=False,
+            copies=copies,
+        )
+        units.append(unit if unit.scratch <= start.memory else replace(unit, streamed=True))
+    return units
+
+
+def _weights(adapter: Adapter, base: Checkpoint, architecture: Architecture) -> dict[str, tuple[TensorRef, bool]]:
+    """Return the weight of each module of the file, put together where the base has it in parts; is it (in, out)?"""
+    known, config = places(base, architecture), base.config or {}
+    found: dict[str, tuple[TensorRef, bool]] = {}
+    for target, name in adapter.origin.modules.items():
+        slices = resolve(target, known, architecture, config)
+        if not slices:
+            raise InputError("the base has no such weight", where=str(target), hint="loratool arch check looks closer")
+        if any(not dtypes.is_float(s.place.stored.dtype) for s in slices):
+            raise InputError("PiSSA needs weights of floating point", where=str(target))
+        if len(slices) == 1:
+            found[name] = slices[0].place.ref, slices[0].place.transposed
+            continue
+        parts = [s.place.ref.transposed() if s.place.transposed else s.place.ref for s in slices]
+        found[name] = assembled(parts, [s.rows or () for s in slices]), False
+    return found
