@@ -115,28 +115,40 @@ def test_an_adapter_in_memory_is_resized_as_one_in_a_file_is(base, tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ["{}.lora_A", "{}.lora_A.weight"], ids=["loralib", "PEFT"])
-def test_parameters_called_lora_a_and_lora_b_are_read(base, tmp_path, spelling):
+@pytest.mark.parametrize("file", ["adapter/adapter_model.safetensors", "by_hand.safetensors"])
+def test_parameters_called_lora_a_and_lora_b_are_read(base, tmp_path, spelling, file):
     state = {}
     for name, (down, up) in factors().items():
         state[spelling.format(name)] = down
         state[spelling.format(name).replace("lora_A", "lora_B")] = up
-    save_file(state, tmp_path / "by_hand.safetensors")
-    with pytest.raises(MismatchError, match="strength"):
-        loratool.merge(tmp_path / "base", [tmp_path / "by_hand.safetensors"], tmp_path / "merged")
+    (tmp_path / "adapter").mkdir()
+    save_file(state, tmp_path / file)
+    given = tmp_path / file.removesuffix("/adapter_model.safetensors")
     # a layer that multiplies by 3, whatever its rank: alpha is scaling * rank
-    loratool.merge(tmp_path / "base", [tmp_path / "by_hand.safetensors"], tmp_path / "merged", alpha=3.0 * 2)
+    report = loratool.merge(tmp_path / "base", [given], tmp_path / "merged", alpha=3.0 * 2)
+    assert not [f for f in report.findings if "no alpha" in f.what]
     merged = load_file(tmp_path / "merged/model.safetensors")
     for name, (down, up) in factors().items():
         expected = base.get_submodule(name).weight + 3.0 * up @ down
         torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_strength_that_no_file_says_is_an_error_or_told(base, tmp_path):
+    state = {f"{n}.lora_{p}.weight": t for n, pair in factors().items() for p, t in zip("AB", pair, strict=True)}
+    (tmp_path / "adapter").mkdir()
+    save_file(state, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(MismatchError, match="strength"):
+        loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    save_file(state, tmp_path / "by_hand.safetensors")
+    findings = open_adapter(tmp_path / "by_hand.safetensors").findings
+    assert [f.level for f in findings if "no alpha" in f.what] == ["warning"]
+
+
 def test_a_file_whose_factors_lie_the_other_way_is_refused_and_told_what_takes_them(tmp_path):
-    halves = zip("AB", turned(factors())["layers.0"], strict=True)
-    tensors = {f"layers.0.lora_{name}.weight": tensor.contiguous() for name, tensor in halves}
-    save_file(tensors, tmp_path / "by_hand.safetensors")
-    findings = open_adapter(tmp_path / "by_hand.safetensors", alpha=4.0).findings
-    errors = [f for f in findings if f.level == "error"]
+    down, up = (t.contiguous() for t in turned(factors())["layers.0"])
+    state = {"layers.0.lora_A.weight": down, "layers.0.lora_B.weight": up}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    errors = [f for f in open_adapter(tmp_path, alpha=4.0).findings if f.level == "error"]
     assert [f.where for f in errors] == ["layers.0"]
     assert "from_factors" in errors[0].hint
 
