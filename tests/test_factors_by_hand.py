@@ -133,14 +133,13 @@ def test_parameters_called_lora_a_and_lora_b_are_read(base, tmp_path, spelling, 
         torch.testing.assert_close(merged[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_strength_that_no_file_says_is_an_error_or_told(base, tmp_path):
+def test_a_strength_that_no_file_says_is_refused_or_told(base, tmp_path):
     state = {f"{n}.lora_{p}.weight": t for n, pair in factors().items() for p, t in zip("AB", pair, strict=True)}
-    (tmp_path / "adapter").mkdir()
-    save_file(state, tmp_path / "adapter/adapter_model.safetensors")
+    save_file({name: t for name, t in state.items() if not name.startswith("head")}, tmp_path / "dotted.safetensors")
     with pytest.raises(MismatchError, match="strength"):
-        loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
-    save_file(state, tmp_path / "by_hand.safetensors")
-    findings = open_adapter(tmp_path / "by_hand.safetensors").findings
+        loratool.merge(tmp_path / "base", [tmp_path / "dotted.safetensors"], tmp_path / "merged")
+    save_file(state, tmp_path / "flat.safetensors")  # "head", without a dot, is what image tools call modules
+    findings = loratool.merge(tmp_path / "base", [tmp_path / "flat.safetensors"], tmp_path / "merged").findings
     assert [f.level for f in findings if "no alpha" in f.what] == ["warning"]
 
 

@@ -23,6 +23,7 @@ from loratool_families.text_encoders import T5_TIED, clip, t5
 _EMBEDDERS = "time_text_embed.(timestep_embedder|text_embedder).(linear_1|linear_2)"
 _BLOCK = "joint_blocks.{i}"
 _CONTEXT = "context_block.adaLN_modulation.1"
+_LAST = f"{DOUBLE}.norm1_context.linear"  # its halves lie the other way in the last block, which differs
 
 
 def _named(blocks: int) -> dict[str, Named]:
@@ -57,7 +58,8 @@ SD3 = Architecture(
     name="stable-diffusion-3",
     match=Match(
         classes=("SD3Transformer2DModel",),
-        shapes=unlike(2432, 3072, 3584, 4096, 6144),  # large, Flux.1 and the others with these names
+        # large, Flux.1 and the others with these names
+        shapes=(*unlike(2432, 3072, 3584, 4096, 6144), (_LAST, "inp != 2432")),
         counts=counts(24),
         metadata=("sd_3", "sd3", "stable-diffusion-3", "stable-diffusion-v3"),
     ),
@@ -89,7 +91,7 @@ SD3_LARGE = Architecture(
     match=Match(
         classes=("SD3Transformer2DModel",),
         when="num_layers == 38",
-        shapes=(("transformer_blocks.{i}.attn.to_q", "inp == 2432"),),
+        shapes=(("transformer_blocks.{i}.attn.to_q", "inp == 2432"), (_LAST, "inp == 2432")),
         counts=counts(38),
         metadata=("sd_3", "sd3", "stable-diffusion-3", "stable-diffusion-v3"),
     ),

@@ -415,3 +415,18 @@ def test_folding_loses_little_in_half_precision_and_says_what_it_cannot_hold(wri
     with pytest.raises(InputError, match="beyond float16"):
         loratool.convert(write(large), tmp_path / "x.safetensors", to="ai-toolkit", arch="flux")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(("hidden", "swapped"), [(1536, True), (2432, False)], ids=["medium", "3.5-large"])
+def test_block_23_is_the_last_of_sd3_medium_alone(hidden, swapped, tmp_path):
+    """Its norm has two chunks, (scale, shift) in diffusers and (shift, scale) in the original; any other block six."""
+    name = "transformer_blocks.23.norm1_context.linear"
+    up = torch.randn(2 * hidden if swapped else 6 * hidden, 2)
+    tensors = {f"transformer.{name}.lora_A.weight": torch.randn(2, hidden), f"transformer.{name}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "one.safetensors")
+    loratool.convert(tmp_path / "one.safetensors", tmp_path / "out.safetensors", to="comfy")
+    written = load_file(tmp_path / "out.safetensors")
+    (found,) = (
+        t for n, t in written.items() if n.startswith("diffusion_model.joint_blocks.23") and t.shape == up.shape
+    )
+    assert torch.equal(found, torch.cat([up[hidden:], up[:hidden]]) if swapped else up)
