@@ -65,7 +65,8 @@ def read(source: TensorSource, architectures: Sequence[Architecture], format: st
     scalings = _configured(source, file.findings)
     deltas, modules = _deltas(file, known, scalings, rs_lora=_was_trained_with("rs_lora", source.metadata))
     file.findings += _of_split_qkv(source, deltas)
-    if not any(a.named for a in candidates if a.name in families) and not (scalings or file.alphas or file.alpha):
+    of_tools = any(a.named for a in candidates if a.name in families) or not any(".lora_A" in n for n in source.tensors)
+    if not (of_tools or scalings or file.alphas or file.alpha):
         what = "no alpha is in this file: it is taken as the rank, as image tools do, so that the strength is 1"
         file.findings.append(Finding("warning", source.path, what, "--alpha (scaling * rank) where the layers differ"))
     return Adapter(
