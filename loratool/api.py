@@ -37,7 +37,7 @@ from loratool.opening import (
     with_shared_downs,
 )
 from loratool.operations.ranks import optional_ranking, ranking
-from loratool.plan import Report
+from loratool.plan import Plan, Report
 from loratool.publishing import finish
 from loratool.settings import Applied, Extracting, Publishing, Resizing, Settings, StrPath, split
 from loratool.storage import checkpoint, location
@@ -387,22 +387,29 @@ def convert(
     plan.preview.findings += incomplete(opened, base, running)
     plan.preview.sources["adapter"] = str(path_of(adapter))
     inputs = [path_of(adapter), *([init_adapter] if init_adapter else [])]
-    if rank is None:
-        report = finish(plan, inputs, out, **running)
-    else:
-        with TemporaryDirectory() as folder:
-            joined = Path(folder) / (Path(out).name or "adapter")
-            first = finish(plan, [], joined, **{**running, "dry_run": False, "publish": Publishing()})
-            converted = open_adapter(joined, arch=architecture or "", format=to, plugins=plugins_of(running))
-            report = resize(converted, out, rank=rank, strip_metadata=strip_metadata, **running)
-        report.verb, report.sources = "convert", first.sources
-        report.totals = {**first.totals, **report.totals}
-        report.findings = [*dict.fromkeys((*first.findings, *report.findings))]
+    if rank is not None:
+        return _at_rank(rank, plan, out, {"arch": architecture or "", "format": to}, running, private=strip_metadata)
+    report = finish(plan, inputs, out, **running)
     if verify and not report.dry_run:
         place = location.spelled(report.out)
         result = open_adapter(place, arch=architecture or "", format=to, plugins=plugins_of(running))
         proof = proven.plan(opened, result, architecture, config, dropping=drop_unmapped)
         report.totals |= engine.measure(proof, running.get("resources", EVERYTHING), running.get("progress")).totals
+    return report
+
+
+def _at_rank(
+    rank: int, plan: Plan, out: StrPath, reading: dict[str, Any], running: dict[str, Any], *, private: bool
+) -> Report:
+    """Run a conversion into a temporary place, and resize what came out: fused layers are one there."""
+    with TemporaryDirectory() as folder:
+        joined = Path(folder) / (Path(out).name or "adapter")
+        first = finish(plan, [], joined, **{**running, "dry_run": False, "publish": Publishing()})
+        converted = open_adapter(joined, **reading, plugins=plugins_of(running))
+        report = resize(converted, out, rank=rank, strip_metadata=private, **running)
+    report.verb, report.sources = "convert", first.sources
+    report.totals = {**first.totals, **report.totals}
+    report.findings = [*dict.fromkeys((*first.findings, *report.findings))]
     return report
 
 

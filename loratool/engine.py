@@ -26,6 +26,7 @@ from loratool import ledger
 from loratool.adapter import Finding
 from loratool.errors import InputError, LoratoolError, StorageError, UsageError
 from loratool.plan import (
+    RECORD,
     CopiedFile,
     Emit,
     Facts,
@@ -119,7 +120,7 @@ def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progres
         stage.prepare(more)
         report.out = str(out)
         if not plan.single_file:
-            record = JsonFile("loratool.report.json", report.as_dict())
+            record = JsonFile(RECORD, report.as_dict())
             stage.prepare([record])
             files.append(record)
         _check_unchanged(inputs)

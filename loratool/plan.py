@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from loratool import dtypes
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 #: What a unit measured: JSON values by name. Kept in the journal, so that a resumed run knows them.
 Facts: TypeAlias = dict[str, Any]
+#: The file in an output folder that says how it was made.
+RECORD = "loratool.report.json"
+
+
+def seed_of(seed: int, key: str) -> int:
+    """Return the seed of one unit: the first 7 bytes of the SHA-256 of `seed:key`, whatever the number of workers."""
+    return int.from_bytes(sha256(f"{seed}:{key}".encode()).digest()[:7], "big")
 
 
 class Out(NamedTuple):

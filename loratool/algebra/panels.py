@@ -5,7 +5,7 @@ All passes over a large delta are here. On a CPU the rows are taken in tiles tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -29,6 +29,24 @@ class Panels:
     ) -> None:
         self.panels, self.stored, self.transposed = panels, stored, transposed
         self.shape = stored[::-1] if transposed else stored
+
+    @classmethod
+    def read(
+        cls,
+        rows: Callable[[int, int], torch.Tensor],
+        stored: tuple[int, int],
+        cuts: Sequence[tuple[int, int]] = (),
+        *,
+        transposed: bool = False,
+    ) -> Panels:
+        """Return a matrix of which `rows(start, stop)` gives some rows: read anew for every product, cut by `cuts`.
+
+        Without cuts it is read once, and held.
+        """
+        if cuts:
+            return cls(lambda: ((a, b, rows(a, b)) for a, b in cuts), stored, transposed=transposed)
+        whole = rows(0, stored[0])
+        return cls(lambda: [(0, stored[0], whole)], stored, transposed=transposed)
 
     @classmethod
     def of(cls, D: torch.Tensor) -> Panels:

@@ -170,37 +170,36 @@ def _rank(context: click.Context, parameter: click.Parameter, value: str | None)
         raise click.BadParameter(f"a number, or {word}") from None
 
 
-def _rank_for(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
-    found = {}
-    for value in values:
-        pattern, equals, rank = value.rpartition("=")
-        if not equals or not pattern or not rank.isdecimal():
-            raise click.BadParameter(f"{value!r}: PATTERN=N, such as q_proj=32")
-        found[pattern] = int(rank)
-    return found
+def _by_pattern(kind: Callable[[str], float], example: str) -> Callable[..., dict[str, Any]]:
+    """Return a callback that reads PATTERN=NUMBER, given any number of times."""
 
+    def read(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+        found = {}
+        for value in values:
+            pattern, _, number = value.rpartition("=")
+            try:
+                found[pattern] = kind(number)
+            except ValueError:
+                pattern = ""
+            if not pattern:
+                raise click.BadParameter(f"{value!r}: {example}, such as q_proj=32")
+        return found
 
-def _alpha_for(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
-    found = {}
-    for value in values:
-        pattern, _, alpha = value.rpartition("=")
-        try:
-            found[pattern] = float(alpha)
-        except ValueError:
-            raise click.BadParameter(f"{value!r}: PATTERN=X, such as q_proj=32") from None
-    return found
+    return read
 
 
 def rank_for(text: str) -> Decorator:
     """`--rank-for`, with what it means to the verb."""
-    return click.option("--rank-for", multiple=True, metavar="PATTERN=N", callback=_rank_for, help=text)
+    return click.option(
+        "--rank-for", multiple=True, metavar="PATTERN=N", callback=_by_pattern(int, "PATTERN=N"), help=text
+    )
 
 
 alpha_for = click.option(
     "--alpha-for",
     multiple=True,
     metavar="PATTERN=X",
-    callback=_alpha_for,
+    callback=_by_pattern(float, "PATTERN=X"),
     help="Another alpha for these modules; the last that matches counts.",
 )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +18,7 @@ from loratool.deltas import Delta, Full, LowRank, Replace, Tokens
 from loratool.errors import InputError, LoratoolError
 from loratool.operations.ranks import AUTO, Rule
 from loratool.operations.recompress import emit_factors, factor_outs, factors_of, finite, inner_rank
-from loratool.plan import Emit, Facts, Load, Out, Spooled
+from loratool.plan import Emit, Facts, Load, Out, Spooled, seed_of
 from loratool.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -315,11 +314,6 @@ class CombineWhole:
         if isinstance(delta, Tokens):
             return Tokens(ref, delta.indices)
         return Replace(ref) if isinstance(delta, Replace) else Full(ref)
-
-
-def seed_of(seed: int, key: str) -> int:
-    """Return the seed of one module: the first 7 bytes of the SHA-256 of `seed:module`."""
-    return int.from_bytes(sha256(f"{seed}:{key}".encode()).digest()[:7], "big")
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

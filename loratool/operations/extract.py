@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ from loratool.operations.remainder import TILE, CompareRest, Savable, judge, res
 from loratool.operations.resize import cost_of, joined_deltas
 from loratool.operations.sizes import Sized
 from loratool.operations.writing import spell
-from loratool.plan import Emit, Facts, Input, Load, Out, OutFile, Plan, Report, Settled, Spooled, Unit
+from loratool.plan import Emit, Facts, Input, Load, Out, OutFile, Plan, Report, Settled, Spooled, Unit, seed_of
 from loratool.storage.location import name_in_configs
 from loratool.tensors import TensorRef, TensorSource, zeros
 
@@ -119,7 +118,7 @@ class ExtractModule:
             return {"same": True}
         if not isfinite(total):
             raise InputError("the weights hold NaN or infinity", where=self.tuned.name)
-        seed = int.from_bytes(sha256(self.key.encode()).digest()[:7], "big")
+        seed = seed_of(0, self.key)
         rows, columns = self._rounding(load)
         variance, size = float(rows.mean()) / len(columns), min(D.shape)
         base_norm = relative.norm(self.against, load, self.key)
@@ -164,11 +163,8 @@ class ExtractModule:
             return difference
 
         stored = self.tuned.shape[0], prod(self.tuned.shape[1:])
-        if self.streamed:
-            cuts = self.tuned.panels(PANEL)
-            return svd.Panels(lambda: ((a, b, panel(a, b)) for a, b in cuts), stored, transposed=self.transposed)
-        whole = panel(0, stored[0])
-        return svd.Panels(lambda: [(0, stored[0], whole)], stored, transposed=self.transposed)
+        cuts = self.tuned.panels(PANEL) if self.streamed else ()
+        return svd.Panels.read(panel, stored, cuts, transposed=self.transposed)
 
     def _rounding(self, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the variances of both weights' own rounding, summed over each row and over each column.

@@ -17,11 +17,11 @@ from pathlib import Path
 from loratool.adapter import Adapter, Finding, Target
 from loratool.deltas import Delta, LowRank
 from loratool.errors import LoratoolError, MismatchError
+from loratool.plan import RECORD
 from loratool.storage import jsonfile
 from loratool.tensors import TensorRef
 
 RESIDUAL_OF = "residual_of"  # in the totals of a residual's report: the base that it is left of
-_REPORT = "loratool.report.json"
 _MOST = 1 << 30  # bytes
 
 
@@ -39,9 +39,9 @@ def of_residual(adapter: Adapter, base: str) -> Adapter:
 def _is_residual(folder: Path) -> bool:
     """Whether this is a folder in which init left the rest of a base."""
     try:
-        if not (folder / _REPORT).is_file():
+        if not (folder / RECORD).is_file():
             return False
-        totals = jsonfile.read(folder / _REPORT, _MOST).get("totals")
+        totals = jsonfile.read(folder / RECORD, _MOST).get("totals")
     except (LoratoolError, OSError, ValueError):  # only a name in a config
         return False
     return isinstance(totals, dict) and RESIDUAL_OF in totals

@@ -9,7 +9,6 @@ itself, the roots of the singular values in both factors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import sha256
 from math import isfinite, prod, sqrt
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from loratool import dtypes
 from loratool.errors import InputError
 from loratool.operations.panels import TILE
 from loratool.operations.trainable import Trained
-from loratool.plan import Emit, Facts, Load, Out
+from loratool.plan import Emit, Facts, Load, Out, seed_of
 from loratool.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class RandomStart:
         """Draw and write, tile by tile; the numbers depend on the seed and the module's name alone."""
         import torch
 
-        generator = torch.Generator().manual_seed(seed_of(self.module, self.seed))
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.module))
         for out in self.outs:
             dtype = getattr(torch, dtypes.torch_name(out.dtype))
             for start, stop in TensorRef("", out.shape, "F32").panels(TILE):
@@ -81,11 +80,6 @@ def random_start(module: Trained, outs: tuple[Out, Out], init: str, seed: int) -
         return RandomStart(module.module.name, down, up, uniform=False, width=1 / module.rank, seed=seed)
     width = 1 / sqrt(prod(module.down[1:]))
     return RandomStart(module.module.name, down, up, uniform=True, width=width, seed=seed)
-
-
-def seed_of(name: str, seed: int) -> int:
-    """Return the seed of one module."""
-    return int.from_bytes(sha256(f"{seed} {name}".encode()).digest()[:7], "big")
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,7 @@ class PrincipalStart:
         total = D.squared_norm()
         if not isfinite(total):
             raise InputError("the weight holds NaN or infinity", where=self.weight.name)
-        found = svd.truncated(D, self.rank, seed_of(self.module, self.seed), quality="balanced")
+        found = svd.truncated(D, self.rank, seed_of(self.seed, self.module), quality="balanced")
         up, down = (factor / sqrt(self.scaling) for factor in found.balanced(self.rank))
         dtype = getattr(torch, dtypes.torch_name(self.copies[0][0].dtype))
         up, down = up.to(dtype).contiguous(), down.to(dtype).contiguous()
@@ -156,8 +150,5 @@ class PrincipalStart:
             return load(self.weight.rows(start, stop)).to(torch.float32)
 
         stored = self.weight.shape[0], self.weight.shape[1]
-        if self.streamed:
-            cuts = self.weight.panels(_PANEL)
-            return svd.Panels(lambda: ((a, b, panel(a, b)) for a, b in cuts), stored, transposed=self.transposed)
-        whole = panel(0, stored[0])
-        return svd.Panels(lambda: [(0, stored[0], whole)], stored, transposed=self.transposed)
+        cuts = self.weight.panels(_PANEL) if self.streamed else ()
+        return svd.Panels.read(panel, stored, cuts, transposed=self.transposed)

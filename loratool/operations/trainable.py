@@ -118,16 +118,13 @@ def _chosen(survey: Survey, wish: Wish, where: str) -> list[Module]:
             f"this model has no layer of the preset {wish.preset or 'default'}", where=where, hint=_SHOW
         )
     _require_used(candidates, (*wish.target, *wish.exclude), where)
-    return [m for m in candidates if (not wish.target or _any(wish.target, m)) and not _any(wish.exclude, m)] or _none(
-        where
-    )
+    chosen = [m for m in candidates if (not wish.target or _any(wish.target, m)) and not _any(wish.exclude, m)]
+    if not chosen:
+        raise MismatchError("no module is left to train", where=where, hint=_SHOW)
+    return chosen
 
 
 _SHOW = "loratool arch show lists the layers; patterns match whole names or their ends"
-
-
-def _none(where: str) -> list[Module]:
-    raise MismatchError("no module is left to train", where=where, hint=_SHOW)
 
 
 def _hits(pattern: str, module: Module) -> bool:

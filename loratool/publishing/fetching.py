@@ -8,7 +8,7 @@ from loratool import engine
 from loratool.adapter import Finding
 from loratool.engine import EVERYTHING
 from loratool.errors import HubError
-from loratool.plan import CopiedFile, Plan, Report, Settled
+from loratool.plan import RECORD, CopiedFile, Plan, Report, Settled
 from loratool.storage import location
 from loratool.storage.target import check_target
 
@@ -41,4 +41,4 @@ def pull(repo: str, out: Path, *, dry_run: bool, force: bool) -> Report:
 
 def _stays(name: str) -> bool:
     """Whether a file is the repository's own business, or would be replaced by the report of this run."""
-    return name == "loratool.report.json" or any(part.startswith(".") for part in name.split("/"))
+    return name == RECORD or any(part.startswith(".") for part in name.split("/"))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from loratool.adapter import Finding
 from loratool.errors import HubError, StorageError, UsageError
-from loratool.plan import Report
+from loratool.plan import RECORD, Report
 from loratool.settings import Publishing
 from loratool.storage import hub, location, runs
 from loratool.storage.checkpoint import is_inside
@@ -24,7 +24,7 @@ from loratool.storage.hub_names import HubName, parse
 _PIECE = 4 << 20
 _WEIGHTS = (".safetensors", ".bin")
 #: What loratool keeps about a run; its paths are nobody's business.
-PRIVATE = ("loratool.report.json",)
+PRIVATE = (RECORD,)
 
 
 class Target(NamedTuple):

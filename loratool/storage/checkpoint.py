@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from loratool.errors import FormatError, InputError, StorageError
-from loratool.plan import TensorFile
+from loratool.plan import RECORD, TensorFile
 from loratool.storage import jsonfile, location, pipeline, quantised, runs, safetensors
 from loratool.storage.runs import PICKLES
 from loratool.tensors import Inline, Span, TensorRef, TensorSource
@@ -228,7 +228,7 @@ def companions(folder: str) -> list[str]:
     for path in sorted(p for pattern in ("*", "*/*") for p in root.glob(pattern)):
         relative = path.relative_to(root)
         hidden = any(part.startswith(".") for part in relative.parts)
-        skipped = _is_index(path.name) or path.name in ("adapter_config.json", "loratool.report.json")
+        skipped = _is_index(path.name) or path.name in ("adapter_config.json", RECORD)
         skipped = skipped or runs.is_state(path.name)
         named = path.suffix in _COMPANIONS or path.stem.lower().startswith(_COMPANION_NAMES)
         nested = len(relative.parts) > 1 and (path.parent / "config.json") != path  # only configs of submodules

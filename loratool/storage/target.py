@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from loratool.errors import LockedError, LoratoolError, StorageError, UsageError
+from loratool.plan import RECORD
 from loratool.storage import jsonfile
 
 _RENAME_EXCHANGE = 2
@@ -58,7 +59,7 @@ def check_replaceable(out: Path, single_file: bool, names: Collection[str]) -> N
         raise StorageError(
             f"the output is a {'folder' if out.is_dir() else 'file'}", where=out, hint="choose another -o"
         )
-    if out.is_dir() and not is_report(out / "loratool.report.json"):
+    if out.is_dir() and not is_report(out / RECORD):
         found = list(islice(_foreign(out, names), 4))
         if found:
             more = " and more" if len(found) > 3 else ""
