@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loratool.live import from_factors, from_peft, to_peft
     from loratool.publishing import pull, push
     from loratool.settings import Publishing
+    from loratool.storage.location import streaming
 
 __all__ = [
     "Adapter",
@@ -80,6 +81,7 @@ __all__ = [
     "push",
     "resize",
     "stack",
+    "streaming",
     "stride",
     "to_peft",
 ]
@@ -92,6 +94,7 @@ _LAZY = {
     **dict.fromkeys(("from_factors", "from_peft", "to_peft"), "loratool.live"),
     **dict.fromkeys(("pull", "push"), "loratool.publishing"),
     "Publishing": "loratool.settings",
+    "streaming": "loratool.storage.location",
 }
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import NamedTuple
 
 from loratool.deltas import Delta, LowRank
 from loratool.errors import InputError, MismatchError
-from loratool.patterns import natural, selects
+from loratool.patterns import natural, outline, selects
 from loratool.tensors import TensorRef
 
 
@@ -38,11 +39,15 @@ class Target(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The module path, for messages and sorting: parts that are siblings as one pattern, `experts.3.(w1|w3)`."""
-        parents = {part.rpartition(".")[0] for part in self.parts}
-        if len(self.parts) > 1 and len(parents) == 1 and "[" not in "".join(self.parts):
-            return f"{parents.pop()}.({'|'.join(part.rpartition('.')[2] for part in self.parts)})"
-        return "+".join(self.parts)
+        """The module path, for messages and sorting: several parts as one pattern, `experts.3.(w1|w3)`."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        elements = [part.split(".") for part in self.parts]
+        levels = zip(*(each[:-1] for each in elements), strict=False)
+        shared = len(list(takewhile(lambda names: len(set(names)) == 1, levels)))
+        if not shared or "[" in "".join(self.parts):
+            return "+".join(self.parts)
+        return f"{'.'.join(elements[0][:shared])}.({'|'.join('.'.join(each[shared:]) for each in elements)})"
 
     def __str__(self) -> str:
         return f"{self.component}:{self.path}" if self.component else self.path
@@ -60,6 +65,27 @@ class Finding(NamedTuple):
     where: str
     what: str
     hint: str = ""
+
+
+def gathered(findings: Iterable[Finding], most: int = 8) -> tuple[list[Finding], int]:
+    """Return findings to show: those that say the same of many places as one, at most so many of each level.
+
+    And how many findings are not among them.
+    """
+    alike: dict[tuple[str, str], list[Finding]] = {}
+    for f in findings:
+        alike.setdefault((f.level, outline(f.what)), []).append(f)
+    shown: list[Finding] = []
+    for (level, _), group in alike.items():
+        room = most - sum(f.level == level for f in shown)
+        if len(group) > 2 and room > 0:
+            places = f"{group[0].where}, {group[1].where} and {len(group) - 2} more"
+            shown.append(group[0]._replace(where=places))
+            group.clear()
+        else:
+            shown += group[: max(room, 0)]
+            del group[: max(room, 0)]
+    return shown, sum(map(len, alike.values()))
 
 
 class Stack(NamedTuple):
@@ -165,9 +191,10 @@ class Adapter:
             hint = "--init-adapter FOLDER: the adapter as it was saved before training, or the folder `initial` of init"
             errors.append(Finding("error", "init_lora_weights", what, hint))
         if errors:
-            lines = [f"{f.where}: {f.what}" for f in errors[:12]]
-            if len(errors) > 12:
-                lines.append(f"... and {len(errors) - 12} more (loratool inspect lists them all)")
+            shown, more = gathered(errors)
+            lines = [f"{f.where}: {f.what}" for f in shown]
+            if more:
+                lines.append(f"... and {more} more (loratool inspect -v lists them all)")
             raise MismatchError(
                 "\n  ".join([f"{len(errors)} part{'s' * (len(errors) > 1)} of this adapter cannot be used", *lines]),
                 where=self.origin.path,

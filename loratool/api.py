@@ -14,9 +14,9 @@ from typing import Any, Unpack
 from loratool import engine
 from loratool.adapter import Adapter, Finding, Weighted
 from loratool.architecture import Architecture
-from loratool.detection import as_model, by_names_of
+from loratool.detection import by_names_of
 from loratool.engine import EVERYTHING
-from loratool.errors import HubError, LoratoolError, MismatchError, UsageError
+from loratool.errors import LoratoolError, MismatchError, UsageError
 from loratool.opening import (
     applied,
     applied_together,
@@ -28,6 +28,7 @@ from loratool.opening import (
     open_adapter,
     path_of,
     plugins_of,
+    several,
     spelling,
     to_compare,
     to_rewrite,
@@ -64,10 +65,7 @@ def inspect(
     reading, running = split(settings)
     if base:
         return _inspect_merged(adapter, base, reading, running)
-    try:
-        opened = open_adapter(adapter, **reading)
-    except LoratoolError as problem:
-        raise _as_a_model(adapter, problem, reading, running) from None
+    opened = open_adapter(adapter, **reading)
     plan = operation.plan(opened, architecture_of(opened, running), spectrum=spectrum, check=check, curve=curve)
     plan.preview.sources["adapter"] = str(adapter)
     if check:
@@ -95,22 +93,9 @@ def _inspect_merged(model: StrPath, base: StrPath, reading: Mapping[str, Any], r
     return finish(plan, [], None, **running)
 
 
-def _as_a_model(
-    path: StrPath, problem: LoratoolError, reading: Mapping[str, Any], running: Mapping[str, Any]
-) -> LoratoolError:
-    """Return why a source was not opened as an adapter: where it is a model, with what can be asked of one."""
-    if isinstance(problem, HubError) or checkpoint.is_adapter_folder(str(path)):
-        return problem
-    try:
-        opened = checkpoint.open_base(str(path), allow_pickle=reading.get("allow_pickle", False))
-        return as_model(opened, plugins_of(running)) or problem
-    except LoratoolError:
-        return problem
-
-
 def merge(
     base: StrPath,
-    adapters: Sequence[StrPath | Adapter | Applied],
+    adapters: StrPath | Adapter | Applied | Sequence[StrPath | Adapter | Applied],
     out: StrPath,
     *,
     weights: Sequence[float] = (),
@@ -127,15 +112,17 @@ def merge(
 ) -> Report:
     """Merge adapters into a base checkpoint; write the merged checkpoint to `out`.
 
-    `adapters` are paths or `Adapter`s, or `Applied` where each has weights and modules of its own. `weights` has one
-    number an adapter, `scales` a further one for modules by pattern. `init_adapter` is what a PiSSA-like one began as.
+    `adapters` is one or a list: paths or `Adapter`s, or `Applied` where each has weights and modules of its own.
+    `weights` has one number an adapter, `scales` a further one for modules by pattern. `init_adapter` is what a
+    PiSSA-like one began as.
     `verify` computes samples of the output anew, in fp64, and compares the logits of base + adapter and merged model.
     `base_as_trained` ("nf4", "nf4-double") merges into what a QLoRA adapter was trained on: dequant(quant(W)).
     """
     from loratool.operations import merge as operation
 
     reading, running = split(settings)
-    weights = weights_for(adapters, weights, "merge(base, [one, two], out, weights=[0.7, 0.4])")
+    adapters = several(adapters)
+    weights = weights_for(adapters, weights)
     if verify and base_as_trained:
         raise UsageError("--verify compares with the base, which --base-as-trained changes", hint="use one of them")
     opened = checkpoint.open_base(str(base), allow_pickle=reading.get("allow_pickle", False))
@@ -291,7 +278,7 @@ def resize(
 
 
 def combine(
-    adapters: Sequence[StrPath | Adapter | Applied],
+    adapters: StrPath | Adapter | Applied | Sequence[StrPath | Adapter | Applied],
     out: StrPath,
     *,
     weights: Sequence[float] = (),
@@ -323,7 +310,8 @@ def combine(
     rule, pad_rank, rest = optional_ranking(settings)
     reading, running = split(rest)
     config = told_by(base, reading, running)
-    weights = weights_for(adapters, weights, "combine([one, two], out, weights=[0.7, 0.4])")
+    adapters = several(adapters)
+    weights = weights_for(adapters, weights)
     common = Applied("", 1.0, scales or {}, globs(target), globs(exclude), init_adapter)
     weighted, architecture = applied_together(adapters, weights, common, reading)
     formats = sorted({w.adapter.origin.format for w in weighted})
@@ -410,6 +398,8 @@ def _at_rank(
     report.verb, report.sources = "convert", first.sources
     report.totals = {**first.totals, **report.totals}
     report.findings = [*dict.fromkeys((*first.findings, *report.findings))]
+    if report.dry_run:
+        report.findings.append(Finding("info", "--rank", "the error that it makes is known after the run"))
     return report
 
 

@@ -263,8 +263,9 @@ def as_model(base: TensorSource, plugins: Plugins) -> FormatError | None:
     return FormatError(
         f"this is a model ({kind}, {len(base.tensors)} tensors), and no adapter in a format that loratool knows",
         where=base.path,
-        hint=f"loratool arch show {base.path} lists its layers, loratool inspect {base.path} --check --base BASE says "
-        "what a merge changed; loratool formats lists what an adapter can be",
+        hint=f"loratool arch show {base.path} lists its layers, loratool extract {base.path} --base BASE -o OUT makes "
+        f"an adapter of it, loratool inspect {base.path} --check --base BASE says what a merge changed; loratool "
+        "formats lists what an adapter can be",
     )
 
 

@@ -42,7 +42,7 @@ from loratool.plan import (
     batches,
     work,
 )
-from loratool.storage import location
+from loratool.storage import finite, location
 from loratool.storage.writer import Staging
 from loratool.tensors import Span, TensorRef
 
@@ -105,6 +105,7 @@ EVERYTHING = Resources()
 def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progress: Progress | None) -> Report:
     """Run a plan, publish its output at `out`, and return the report. All appears at `out`, or nothing."""
     inputs = inputs_of(plan.units, plan.files, plan.later)
+    finite.require(plan.files, plan.inputs)
     with Staging(out, digest(plan, resources, inputs), single_file=plan.single_file) as stage:
         stage.prepare(plan.files, [o for unit in plan.units for o in unit.outs if not o.file])
         facts = run(plan.units, resources, stage, progress)
@@ -117,6 +118,7 @@ def execute(plan: Plan, out: Path, resources: Resources, *, force: bool, progres
             raise LoratoolError(what, where=out)
         report.ledger = ledger.close(plan.inputs, plan.units, files)
         inputs = {**inputs_of((), more), **inputs}
+        finite.require(more, plan.inputs)
         stage.prepare(more)
         report.out = str(out)
         if not plan.single_file:

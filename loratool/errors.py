@@ -65,14 +65,16 @@ class UnsupportedError(InputError):
 class HubError(LoratoolError):
     """The network failed, or the Hugging Face Hub said no.
 
-    `missing` says what is not there: the repository, the revision or the file; it is empty for any other reason.
+    `missing` says what is not there: the repository, the revision or the connection; it is empty for any other reason.
+    `status` is that of the answer, where there was one that said no.
     """
 
     exit_code = 4
 
-    def __init__(self, what: str, *, where: object = "", hint: str = "", missing: str = "") -> None:
+    def __init__(self, what: str, *, where: object = "", hint: str = "", missing: str = "", status: int = 0) -> None:
         super().__init__(what, where=where, hint=hint)
         self.missing = missing
+        self.status = status
 
 
 class StorageError(LoratoolError):

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from loratool.deltas import LowRank
 from loratool.errors import MismatchError
 from loratool.tensors import joined, padded, zeros
 
 
-def below_each_other(pieces: Sequence[LowRank | None], rows: Sequence[int], where: object) -> LowRank:
-    """Return the delta of weights that lie one below the other; None is a weight of `rows[n]` rows without a delta.
+def below_each_other(pieces: Mapping[str, LowRank], heights: Mapping[str, int], where: object) -> LowRank:
+    """Return the delta of weights that lie one below the other, as `heights` has them: name and rows of each.
 
-    Pieces with one `down` keep their rank; else the downs are joined, the ups side by side, and ranks add up.
+    Without a piece a weight has no delta: zeros. Pieces with one `down` keep their rank; else the downs are joined, the
+    ups side by side, and ranks add up.
     """
-    present = [p for p in pieces if p is not None]
-    require_alike(present, where)
-    first = present[0]
-    if all(p.down == first.down for p in present):
-        every = zip(pieces, rows, strict=True)
-        ups = [zeros("", (n, first.rank), first.up.dtype) if p is None else p.up for p, n in every]
-        return LowRank(first.down, joined("", ups), first.scaling)
-    rank, before, ups = sum(p.rank for p in present), 0, []
-    for piece, count in zip(pieces, rows, strict=True):
-        if piece is None:
-            ups.append(zeros("", (count, rank), first.up.dtype))
+    present = {name: pieces[name] for name in heights if name in pieces}
+    require_alike(list(present.values()), where)
+    first = next(iter(present.values()))
+    shared = all(p.down == first.down for p in present.values())
+    rank, before, ups = first.rank if shared else sum(p.rank for p in present.values()), 0, []
+    for name, rows in heights.items():
+        if name in present:
+            ups.append(padded(present[name].up, rank, before))
+            before += 0 if shared else present[name].rank
         else:
-            ups.append(padded(piece.up, rank, before))
-            before += piece.rank
-    return LowRank(joined("", [p.down for p in present]), joined("", ups), first.scaling)
+            ups.append(zeros("", (rows, rank), first.up.dtype))
+    down = first.down if shared else joined("", [p.down for p in present.values()])
+    return LowRank(down, joined("", ups), first.scaling)
 
 
 def require_alike(deltas: Sequence[LowRank], where: object) -> None:

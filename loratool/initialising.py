@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -12,16 +13,18 @@ from loratool.adapter import Adapter, Weighted
 from loratool.architecture import Architecture
 from loratool.engine import EVERYTHING
 from loratool.errors import UsageError
+from loratool.hookspecs import Format
 from loratool.opening import family_of, globs, open_adapter, plugins_of
-from loratool.operations.init import INITIAL, INITS, Start
+from loratool.operations.init import CHANGING, INITIAL, INITS, Start
 from loratool.operations.initial import RESIDUAL_OF
 from loratool.operations.survey import PRESETS
 from loratool.operations.trainable import Wish
-from loratool.plan import Plan, Report
+from loratool.plan import Facts, Plan, Report, Settled, Spooled
 from loratool.publishing import finish
 from loratool.settings import Running, StrPath
 from loratool.storage import checkpoint
 from loratool.storage.hub_names import is_address
+from loratool.storage.location import name_in_configs
 from loratool.storage.target import check_target
 
 _OF_LIKE = "it has modules, ranks and alphas of its own"
@@ -40,6 +43,7 @@ def init(
     like: StrPath = "",
     init: str = "kaiming",
     residual: StrPath = "",
+    loftq_iterations: int = 1,
     seed: int = 0,
     dtype: str = "float32",
     target: str | Sequence[str] = (),
@@ -52,11 +56,13 @@ def init(
 
     `preset` ("default", "attention", "mlp", "all-linear"), `target` and `exclude` choose the modules; `rank` is 8 and
     `alpha` 16, but for the modules of the patterns in `rank_for` and `alpha_for`. `like` is an adapter that has all of
-    this already. `init`: "kaiming", "gaussian", or "pissa", which also writes what it leaves of the base to `residual`.
+    this already. `init`: "kaiming", "gaussian", or "pissa" or "loftq", which also write the base that they leave to
+    `residual`; LoftQ quantises and factorises `loftq_iterations` times.
     """
     from loratool.operations import init as operation
 
     _check(init, preset, str(out), str(residual))
+    _check_iterations(init, loftq_iterations)
     given = (rank, alpha, rank_for, alpha_for, rslora, preset)
     if like and any(given):
         names = "--preset, --rank, --rank-for, --alpha, --alpha-for or --rslora"
@@ -75,15 +81,16 @@ def init(
         _opened_like(like, architecture, running, allow_pickle=allow_pickle) if like else None,
     )
     memory = running.get("resources", EVERYTHING).memory
-    start = Start(init, seed, dtype, str(Path(residual).resolve()) if residual else "", memory)
-    plan, adapter = operation.plan(opened, architecture, wish, start, plugins_of(running).format("peft"))
+    start = Start(init, seed, dtype, str(Path(residual).resolve()) if residual else "", memory, loftq_iterations)
+    format = plugins_of(running).format("peft")
+    plan, adapter = operation.plan(opened, architecture, wish, start, format)
     plan.preview.findings += notes
     plan.preview.sources |= {"base": str(base), **({"like": str(like)} if like else {})}
     inputs = [base, *([like] if like else [])]
     if not residual:
         return finish(plan, inputs, out, **running)
-    less = _Residual(opened, architecture, str(base), Path(out), Path(residual))
-    return _with_residual(plan, less, adapter, inputs, running)
+    less = _Residual(opened, architecture, format, str(base), start, adapter, Path(out), Path(residual))
+    return _with_residual(plan, less, inputs, running)
 
 
 def _check(init: str, preset: str, out: str, residual: str) -> None:
@@ -94,19 +101,29 @@ def _check(init: str, preset: str, out: str, residual: str) -> None:
         raise UsageError(f"{preset!r} is no preset", hint=f"--preset {', '.join(PRESETS)}")
     if out.endswith(".safetensors"):
         raise UsageError("a new adapter is a folder", where=out, hint=f"-o {out.removesuffix('.safetensors')}")
-    if (init == "pissa") != bool(residual):
+    if (init in CHANGING) != bool(residual):
         what = (
-            "PiSSA takes the adapter's start out of the base"
+            f"{CHANGING[init]} takes the adapter's start out of the base"
             if not residual
             else f"--init {init} leaves the base as it is"
         )
         hint = "--residual DIR is where the rest is written" if not residual else "leave --residual out"
         raise UsageError(what, hint=hint)
     if residual and (is_address(out) or is_address(residual)):
-        raise UsageError("PiSSA's two outputs belong together", hint="write both here, then loratool push each")
+        raise UsageError(
+            f"{CHANGING[init]}'s two outputs belong together", hint="write both here, then loratool push each"
+        )
     one, two = Path(out).resolve(), Path(residual).resolve()
     if residual and (one == two or one.is_relative_to(two) or two.is_relative_to(one)):
         raise UsageError("--residual and -o must be two folders, neither in the other", where=residual)
+
+
+def _check_iterations(init: str, iterations: int) -> None:
+    """Raise UsageError where LoftQ is not meant, or less than one iteration of it."""
+    if iterations < 1:
+        raise UsageError(f"{iterations} iterations of LoftQ are impossible", hint="1 quantises once, 5 is the paper's")
+    if iterations > 1 and init != "loftq":
+        raise UsageError(f"--init {init} has no iterations", hint="--init loftq, or leave --loftq-iterations out")
 
 
 def _opened_like(
@@ -118,45 +135,69 @@ def _opened_like(
 
 
 class _Residual(NamedTuple):
-    """What is left of a base when the start of an adapter, at `adapter`, is taken out of it; written to `out`."""
+    """What is left of a base when the start of `adapter`, which goes to `of`, is taken out of it; written to `out`."""
 
     base: checkpoint.Checkpoint
     architecture: Architecture
+    format: Format
     called: str
-    adapter: Path
+    start: Start
+    adapter: Adapter
+    of: Path
     out: Path
 
-    def plan(self, started: Adapter) -> Plan:
-        """Plan it: a merge with weight -1."""
+    def plan(self, spooled: Spooled | None = None) -> Plan:
+        """Plan it: a merge with weight -1, of which LoftQ's ends in nf4. Without `spooled` it cannot be run."""
+        from loratool.operations import init
         from loratool.operations import merge as operation
 
-        made = operation.plan(self.base, self.architecture, [Weighted(started, -1.0)], out_name=self.out.name)
-        made.preview.totals |= {RESIDUAL_OF: self.base.path, "initial": str((self.adapter / INITIAL).resolve())}
+        started, initial, loftq = self.adapter, (self.of / INITIAL).resolve(), self.start.init == "loftq"
+        if spooled:
+            where = f"{initial}, an iteration earlier" if loftq else str(initial)
+            started = init.taken(self.adapter, spooled, self.architecture, self.format, where)
+            started = replace(started, base_model=name_in_configs(self.base.path))
+        terms = [Weighted(started, -1.0)]
+        made = operation.plan(
+            self.base, self.architecture, terms, out_name=self.out.name, as_nf4=loftq, allow_noop=loftq
+        )
+        made.preview.totals |= {RESIDUAL_OF: self.base.path, "initial": str(initial), "init": self.start.init}
         made.preview.sources["base"] = self.called
         return made
 
 
-def _with_residual(
-    plan: Plan, less: _Residual, adapter: Adapter, inputs: Sequence[StrPath], running: Running
-) -> Report:
-    """Write the adapter, then the base less what it starts from; where the second fails, the first goes again.
+def _with_residual(plan: Plan, less: _Residual, inputs: Sequence[StrPath], running: Running) -> Report:
+    """Write the base less what the adapter starts from, while the adapter is staged: it appears last, or nothing does.
 
     An adapter without its base says so when it is loaded; a base without its adapter would be taken for a model.
     """
-    first = less.plan(adapter)  # every mismatch is found before anything is written
+    first = less.plan()  # every mismatch is found before anything is written
     locally = [str(path) for path in inputs if Path(path).exists()]
     names = [file.name for file in first.files]
     check_target(less.out, locally, single_file=first.single_file, force=running.get("force", False), names=names)
-    report = finish(plan, inputs, less.adapter, **running)
-    report.totals["residual"] = str(less.out)
-    if report.dry_run:
-        return report
+    plan.preview.totals["residual"] = str(less.out)
+    before, is_written = _identity(less.of), False
+
+    def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
+        nonlocal is_written
+        settled = plan.settle(facts, spooled)
+        done, report = finish(less.plan(spooled), inputs, less.out, **running), settled.report
+        is_written = True
+        if less.start.init == "pissa":
+            report.totals["residual_rounding"] = done.totals["rounding"]
+        report.findings += [f for f in done.findings if f not in report.findings and f.level != "info"]
+        return settled
+
     try:
-        started = open_adapter(less.adapter / INITIAL, arch=less.architecture, plugins=plugins_of(running))
-        done = finish(less.plan(replace(started, changed_base="")), [*inputs, less.adapter], less.out, **running)
+        return finish(replace(plan, settle=settle), inputs, less.of, **running)
     except BaseException:
-        shutil.rmtree(less.adapter, ignore_errors=True)
+        if is_written and _identity(less.of) == before:
+            shutil.rmtree(less.out, ignore_errors=True)
         raise
-    report.totals["residual_rounding"] = done.totals["rounding"]
-    report.findings += [f for f in done.findings if f not in report.findings and f.level != "info"]
-    return report
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from another at the same place."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None

@@ -7,7 +7,7 @@ refused.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 from loratool.errors import MismatchError
@@ -15,7 +15,7 @@ from loratool.plan import Input, OutFile, TensorFile, Unit
 from loratool.tensors import Inline, Span, TensorRef
 
 
-class _Places:
+class Places:
     """Bytes as disjoint intervals: of files by their path, of what is at hand by identity."""
 
     def __init__(self, refs: Iterable[TensorRef]) -> None:
@@ -29,6 +29,16 @@ class _Places:
     def hold(self, ref: TensorRef) -> bool:
         """Whether all bytes of a tensor are among these."""
         return all(self._holds(piece) for piece in ref.pieces)
+
+    def touch(self, ref: TensorRef) -> bool:
+        """Whether any byte of a tensor is among these."""
+        return any(self._touches(piece) for piece in ref.pieces)
+
+    def _touches(self, piece: Span | Inline) -> bool:
+        source, start = _place(piece)
+        intervals = self.intervals.get(source, [])
+        before = bisect_left(intervals, (start + piece.nbytes, 0)) - 1
+        return before >= 0 and intervals[before][1] > start
 
     def _holds(self, piece: Span | Inline) -> bool:
         source, start = _place(piece)
@@ -60,8 +70,8 @@ def close(
     `later` are references that will be copied once ranks are settled.
     """
     written = [ref for file in files if isinstance(file, TensorFile) for ref in file.tensors]
-    computed = _Places(ref for unit in units for ref in unit.reads)
-    copied = _Places([*written, *later])
+    computed = Places(ref for unit in units for ref in unit.reads)
+    copied = Places([*written, *later])
     summary: dict[str, dict[str, int]] = {}
     for source, tensors, explained, otherwise in inputs:
         counts = summary.setdefault(source, {})

@@ -16,7 +16,7 @@ from loratool.adapter import Weighted
 from loratool.discovery import shapes_from_config
 from loratool.errors import LoratoolError
 from loratool.storage import checkpoint
-from loratool.storage.location import place
+from loratool.storage.location import is_here, place
 
 TOKENS = 16
 TOLERANCE = 0.1  # of the spread: two roundings to bfloat16 of a whole model stay well below
@@ -66,6 +66,8 @@ def _obstacle(base: str, adapters: Sequence[Weighted], memory: int) -> str:
         return "PEFT draws what a PiSSA-like adapter started from anew when it loads it"
     if adapter.origin.format != "peft" or not place(adapter.origin.path).is_dir():
         return "PEFT opens folders in its own format"
+    if not (is_here(Path(base)) and is_here(place(adapter.origin.path))):
+        return "transformers opens local files, and --stream left these on the Hub"
     if not Path(base, "config.json").is_file():
         return "the base has no config.json"
     opened = checkpoint.open_base(base, allow_pickle=True)  # it has been opened before, as the user allowed

@@ -153,6 +153,19 @@ def heights(
     return tuple(sizes)
 
 
+def input_of(said: Sequence[str], out: int) -> int:
+    """Return the inputs of a weight whose parts have `out` rows in all, from their sizes; 0 where these do not say."""
+    try:
+        if not said or "*" in said:
+            return 0
+        one, two = (sum(expressions.size(_without_keyword(s), {"out": out, "inp": n}) for s in said) for n in (1, 2))
+    except MismatchError:
+        return 0
+    each = two - one  # sizes are linear in it
+    found, rest = divmod(out - one + each, each) if each > 0 else (0, 0)
+    return 0 if rest else found
+
+
 def height_alone(said: str, inp: int, config: Mapping[str, Any]) -> int | None:
     """Return the rows of one part where they do not depend on the others, else None."""
     try:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, Finding, Target, Weighted
 from loratool.architecture import Architecture
 from loratool.deltas import LowRank
+from loratool.detection import as_model, of_config, read_as, recognise
 from loratool.detection import family_of as detected
-from loratool.detection import of_config, read_as, recognise
-from loratool.errors import FormatError, LoratoolError, MismatchError, UsageError
+from loratool.errors import FormatError, HubError, LoratoolError, MismatchError, UsageError
 from loratool.formats.metadata import DIGESTS
 from loratool.hookspecs import Format
 from loratool.operations import complete
@@ -38,9 +39,25 @@ def open_adapter(
 ) -> Adapter:
     """Open an adapter in whatever format it is. Headers only; `findings` says what is wrong with it.
 
-    `base` is the model that it is used with: one that was trained on a residual of PiSSA fits that alone.
+    `base` is the model that it is used with: one that was trained on a residual of init's fits that alone.
     """
     plugins = plugins or installed()
+    try:
+        opened = _read(path, arch, format, plugins, alpha=alpha, allow_pickle=allow_pickle)
+    except LoratoolError as problem:
+        raise _as_a_model(path, problem, plugins, allow_pickle=allow_pickle) from None
+    return of_residual(opened if arch else _as_its_base(opened, plugins), base)
+
+
+def _read(
+    path: StrPath,
+    arch: str | Architecture,
+    format: str,
+    plugins: Plugins,
+    *,
+    alpha: float | None,
+    allow_pickle: bool,
+) -> Adapter:
     source = replace(checkpoint.open_adapter(str(path), allow_pickle=allow_pickle), alpha=alpha)
     formats = [plugins.format(format)] if format else [f for f in plugins.formats() if f.detect(source)]
     if len(formats) != 1:
@@ -53,8 +70,17 @@ def open_adapter(
     families = plugins.architectures()
     if arch:
         families = (plugins.architecture(arch) if isinstance(arch, str) else arch,)
-    opened = formats[0].read(source, families)
-    return of_residual(opened if arch else _as_its_base(opened, plugins), base)
+    return formats[0].read(source, families)
+
+
+def _as_a_model(path: StrPath, problem: LoratoolError, plugins: Plugins, *, allow_pickle: bool) -> LoratoolError:
+    """Return why a source was not opened as an adapter: where it is a model, with what can be asked of one."""
+    if isinstance(problem, HubError) or checkpoint.is_adapter_folder(str(path)):
+        return problem
+    try:
+        return as_model(checkpoint.open_base(str(path), allow_pickle=allow_pickle), plugins) or problem
+    except LoratoolError:
+        return problem
 
 
 def _as_its_base(adapter: Adapter, plugins: Plugins) -> Adapter:
@@ -169,13 +195,22 @@ def _applied(
     return weighted
 
 
-def weights_for(adapters: object, weights: Sequence[float], example: str) -> list[float]:
+def several(given: StrPath | Adapter | Applied | Sequence[StrPath | Adapter | Applied]) -> list[Any]:
+    """Return a list of adapters, of which one alone may have been given without the list."""
+    if isinstance(given, (str, PathLike, Adapter, Applied)):
+        return [given]
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        raise UsageError("adapters must be a path or a list of paths", hint="merge(base, [one, two], out)")
+    return list(given)
+
+
+def weights_for(adapters: Sequence[object], weights: Sequence[float]) -> list[float]:
     """Return one weight for each of a list of adapters; UsageError where there are more or fewer."""
-    if isinstance(adapters, (str, Path, Mapping, Adapter)) or not isinstance(adapters, Sequence):
-        raise UsageError("adapters must be a list of paths", hint=example)
     weights = list(weights) or [1.0] * len(adapters)
     if len(weights) != len(adapters):
-        raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights", hint="give one weight an adapter")
+        raise UsageError(
+            f"{len(adapters)} adapters and {len(weights)} weights", hint="weights=[0.7, 0.4]: one an adapter"
+        )
     return weights
 
 

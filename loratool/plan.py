@@ -142,7 +142,8 @@ class Digest(NamedTuple):
 class TensorFile:
     """A safetensors file of the output: tensors in file order, computed ones (no pieces) filled in by units.
 
-    `header` is the input's header, kept byte for byte where nothing in it changes.
+    `header` is the input's header, kept byte for byte where nothing in it changes. `finite`: no tensor that is copied
+    into it may hold NaN or infinity.
     """
 
     name: str
@@ -150,6 +151,7 @@ class TensorFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     header: bytes | None = None
     digests: tuple[Digest, ...] = ()
+    finite: bool = False
 
     @classmethod
     def new(

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# how fast a machine is, is no property of the code
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the network must fail, not wait
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

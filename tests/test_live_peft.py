@@ -128,8 +128,18 @@ def test_an_opened_file_is_merged_like_its_path_and_is_not_overwritten(saved, ad
     assert (tmp_path / "path/model.safetensors").read_bytes() == (tmp_path / "opened/model.safetensors").read_bytes()
     with pytest.raises(UsageError, match="overwrite or enter an input"):
         loratool.merge(base, [open_adapter(folder)], folder, force=True)
-    with pytest.raises(UsageError, match="must be a list"):
-        loratool.merge(base, open_adapter(folder), tmp_path / "out")
+    for n, alone in enumerate([folder, str(folder), open_adapter(folder), Applied(folder)]):  # without a list
+        loratool.merge(base, alone, tmp_path / f"merged {n}")
+        assert (tmp_path / f"merged {n}/model.safetensors").read_bytes() == (
+            tmp_path / "path/model.safetensors"
+        ).read_bytes()
+        loratool.combine(alone, tmp_path / f"combined {n}")
+        assert not unequal(
+            *(load_file(at / "adapter_model.safetensors") for at in (folder, tmp_path / f"combined {n}"))
+        )
+    for wrong in (None, 7, {folder: 0.5}):
+        with pytest.raises(UsageError, match="a path or a list of paths"):
+            loratool.merge(base, wrong, tmp_path / "out")
 
 
 def test_what_was_changed_since_it_was_read_is_not_read_again(saved, tmp_path):

@@ -18,6 +18,7 @@ Examples:
   loratool init base -o new --target query --target value --rank-for 'layer.{0-1}.**=4'
   loratool init base -o new --like my-adapter
   loratool init base -o new --init pissa --residual new-base
+  loratool init base -o new --init loftq --loftq-iterations 5 --residual new-base
 """
 
 
@@ -38,12 +39,20 @@ Examples:
 @click.option("--like", default="", metavar="ADAPTER", help="The modules, ranks and alphas of another adapter.")
 @click.option(
     "--init",
-    type=click.Choice(("kaiming", "gaussian", "pissa")),
+    type=click.Choice(("kaiming", "gaussian", "pissa", "loftq")),
     default="kaiming",
     show_default=True,
     help="What the factors are at first.",
 )
-@click.option("--residual", default="", metavar="DIR", help="pissa: where to write the base that it is trained on.")
+@click.option("--residual", default="", metavar="DIR", help="pissa, loftq: where to write the base to train on.")
+@click.option(
+    "--loftq-iterations",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="How often loftq quantises and factorises; the paper has 5.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random numbers.")
 @options.dtype("float32", keep=False)
 @options.arch
@@ -57,8 +66,13 @@ def command(base: str, **settings: Any) -> Report:
     the preset; --target alone chooses among all layers.
 
     kaiming and gaussian are PEFT's: the update is zero at first. pissa starts from the principal part of each weight,
-    and trains on the rest of the base, which --residual gets; DIR/initial is the way back: `loratool merge BASE TRAINED
-    --init-adapter DIR/initial` (docs/init.md). PEFT itself makes the starts that need data: eva, lora-ga, corda.
+    and trains on the rest of the base, which --residual gets. loftq is for training in 4 bits: --residual gets what nf4
+    makes of the base, in its own dtype, and the adapter starts from the principal part of what that loses.
+
+    Merged into the residual base, a trained adapter is what training saw. `loratool merge BASE TRAINED --init-adapter
+    DIR/initial` adds what was learnt to the original base instead: of pissa the same model; of loftq the base without
+    the quantisation's error, part of which no adapter holds (docs/init.md). PEFT itself makes the starts that need
+    data: eva, lora-ga, corda.
     """
     from loratool.initialising import init
 

@@ -82,6 +82,23 @@ token_file = click.option(
 )
 
 
+def _stream(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if asked:
+        from loratool.storage import location
+
+        context.with_resource(location.streaming())
+
+
+stream = click.option(
+    "--stream",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_stream,
+    help="Read weights on the Hub piece by piece, past the cache: room is needed for the output alone.",
+)
+
+
 def dtype(default: str, *, keep: bool = True) -> Decorator:
     """`--dtype`, with the verb's default; `keep`: whether there is a dtype to keep."""
     choices = click.Choice(("keep", *OUTPUT_DTYPES) if keep else OUTPUT_DTYPES)
@@ -255,7 +272,7 @@ memory = click.option(
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 _report = click.option("--report", metavar="FILE", help="Write the report there too, as JSON.")
 _quiet = click.option("-q", "--quiet", is_flag=True, help="No table, no progress.")
-_verbose = click.option("-v", "--verbose", is_flag=True, help="Every module, not the first few.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="Every module and finding, not the first few.")
 _debug = click.option("--debug", is_flag=True, help="Tracebacks.")
 
 
@@ -280,7 +297,7 @@ def running(command: Callable[..., Any]) -> Callable[..., Any]:
         failed = checked and any(f.level == "error" for f in report.findings)
         return InputError.exit_code if failed else 0
 
-    return stack(device, workers, memory, plugin, token_file, _json, _report, _quiet, _verbose, _debug)(run)
+    return stack(device, workers, memory, plugin, token_file, stream, _json, _report, _quiet, _verbose, _debug)(run)
 
 
 def _publishing(kwargs: dict[str, Any]) -> Any:

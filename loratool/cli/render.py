@@ -20,7 +20,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapter import Finding
+from loratool.adapter import Finding, gathered
 from loratool.errors import LoratoolError, StorageError
 from loratool.plan import Report
 
@@ -140,7 +140,7 @@ def report(
             Path(file).write_text(document, encoding="utf-8")
         except OSError as problem:
             raise StorageError(problem.strerror or str(problem), where=file) from None
-    findings(content.findings)
+    findings(content.findings, every=verbose)
     if as_json:
         sys.stdout.write(document)
     elif not quiet:
@@ -156,7 +156,8 @@ def report(
                 console.print(f"{name.replace('_', ' '):<16}", style="bold", end=" ")
                 console.print(_value(name, value))
         if content.out:
-            verb = "would write" if content.dry_run else "wrote"
+            done = "proposed to" if content.totals.get("pull_request") else "wrote"
+            verb = "would write" if content.dry_run else done
             console.print(f"{verb:<16}", style="bold", end=" ")
             console.print(clean(content.out))
 
@@ -197,15 +198,16 @@ def _matrix(console: Console, name: str, values: Sequence[Sequence[float | None]
     console.print(_grid(names, [{k: _value(name, v) for k, v in row.items()} for row in rows]))
 
 
-def findings(found: Sequence[Finding]) -> None:
-    """Print findings on stderr, and each hint once."""
+def findings(found: Sequence[Finding], *, every: bool = False) -> None:
+    """Print findings on stderr, those that are alike together unless `every` is wanted, and each hint once."""
     console = _console(stderr=True)
     styles = {"error": "bold red", "warning": "yellow", "info": "dim"}
-    for finding in found[:50]:
+    shown, more = (found, 0) if every else gathered(found)
+    for finding in shown:
         console.print(f"{finding.level}:", style=styles.get(finding.level, ""), end=" ")
         console.print(f"{clean(finding.where)}: {clean(finding.what)}")
-    if len(found) > 50:
-        console.print(f"... and {len(found) - 50} more findings (--json lists them all)")
+    if more:
+        console.print(f"... and {more} more findings (-v lists them all)")
     for hint in dict.fromkeys(f.hint for f in found if f.hint):
         console.print("try:", style="bold", end=" ")
         console.print(clean(hint))
@@ -226,19 +228,27 @@ def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None
     names = [n for n in names if any(row.get(n) not in ("", None, _USUAL.get(n)) for row in rows[:limit])]
     left_out: list[str] = []
     wide = console.options.update(width=10_000)
-    for name in (*_DISPENSABLE, *reversed(names[1:])):
-        if console.measure(_grid(names, rows[:limit]), options=wide).maximum <= console.width or len(names) == 1:
+    grid = _grid(names, rows[:limit])
+    for name in ("", *_DISPENSABLE, *reversed(names[1:])):
+        if console.measure(grid, options=wide).maximum <= console.width or len(names) == 1:
             break
         if name in names:
             names.remove(name)
             left_out.append(_spaced(name))
-    console.print(_grid(names, rows[:limit]))
+        grid = _grid(names, rows[:limit], narrow=True)
+    console.print(grid)
     if left_out:
         console.print(f"too narrow for: {', '.join(left_out)}", style="dim")
     if limit is not None and len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more (-v shows them all)", style="dim")
     if left_out or (limit is not None and len(rows) > limit):
         console.print()
+
+
+def _in_two_lines(module: str) -> str:
+    """Return the path of a fused weight with its parts, `(to_q|to_k|to_v)`, on a line of their own."""
+    start, choice, parts = module.partition(".(")
+    return f"{start}.\n  ({parts}" if choice else module
 
 
 def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -252,8 +262,8 @@ def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"module": group[0]["module"], "count": len(group), **group[0]} for group in groups.values()]
 
 
-def _grid(names: list[str], rows: list[dict[str, Any]]) -> Table:
-    """Build a table in which nothing is folded."""
+def _grid(names: list[str], rows: list[dict[str, Any]], *, narrow: bool = False) -> Table:
+    """Build a table in which nothing is folded; in a `narrow` one the parts of a fused weight have their own line."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -263,7 +273,10 @@ def _grid(names: list[str], rows: list[dict[str, Any]]) -> Table:
         number = any(isinstance(row.get(name), (int, float)) for row in rows)
         grid.add_column(_spaced(name), justify="right" if number else "left", no_wrap=True, overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(_value(name, row.get(name, ""))) for name in names))
+        values = {name: _value(name, row.get(name, "")) for name in names}
+        if narrow and "module" in values:
+            values["module"] = _in_two_lines(values["module"])
+        grid.add_row(*map(Text, values.values()))
     return grid
 
 

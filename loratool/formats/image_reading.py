@@ -22,6 +22,7 @@ from loratool.readings import Known
 from loratool.tensors import TensorRef, TensorSource
 
 XLABS_ONLY = "single_blocks.0.qkv_lora"  # a name that only the family knows which XLabs trained
+_FLAT = ("lora_", "oft_unet_", "lycoris_")  # how flat names begin, and no module of a model
 Sizes = Mapping[str, tuple[int, int]]  # module -> (out, in) of the weight it updates, where the factors show them
 
 
@@ -85,7 +86,7 @@ def read(source: TensorSource, architectures: Sequence[Architecture], format: st
 
 def readings(architecture: Architecture, module: str) -> list[Known]:
     """Return what a module's name can be in a family: flat, or dotted with or without the component in front."""
-    if "." not in module and (flat := architecture.unflatten(module)):
+    if "." not in module and ((flat := architecture.unflatten(module)) or module.startswith(_FLAT)):
         return flat
     for component in architecture.components:
         if component and module.startswith(f"{component}."):
@@ -111,6 +112,7 @@ class _Remembered:
 
 def _grouped(source: TensorSource) -> File:
     file = File(alpha=source.alpha)
+    alphas: dict[str, str] = {}  # module -> the first name of its alpha
     for name, ref in source.tensors.items():
         key = keys.split(name)
         if key is None:
@@ -120,7 +122,10 @@ def _grouped(source: TensorSource) -> File:
             file.findings.append(error(name, f"alpha has the shape {list(ref.shape)}: it must be one number"))
         elif key.part == "alpha":
             file.consumed.append(name)
-            file.alphas[key.module] = _alpha(source, name, file.findings)
+            alpha, other = _alpha(source, name, file.findings), alphas.setdefault(key.module, name)
+            if file.alphas.setdefault(key.module, alpha) != alpha:
+                what = f"{other} is {file.alphas[key.module]:g} and this {alpha:g}: both are the alpha of one module"
+                file.findings.append(error(name, what, "delete the one that is wrong"))
         elif key.part in file.modules.setdefault(key.module, {}):
             other = file.modules[key.module][key.part].name
             file.findings.append(error(name, f"{other} is the same part of this module"))
@@ -253,6 +258,7 @@ def _deltas(
     deltas: dict[Target, tuple[Delta, ...]] = {}
     modules: dict[Target, str] = {}
     sizes = file.sizes
+    sizes_alike = {outline(m): size for m, size in sizes.items()}  # of the same layer in other blocks
     for module, parts in file.modules.items():
         what = known.get(module)
         alpha = file.alphas.get(module)
@@ -262,7 +268,8 @@ def _deltas(
         try:
             read = lycoris.read(parts, alpha, sd_scripts=module.startswith("oft_unet"), rs_lora=rs_lora)
             file.consumed += [parts[part].name for part in read.consumed]
-            placed = _placed(what, read, sizes.get(module)) if what else {}
+            size = sizes.get(module) or (None if read.weight else sizes_alike.get(outline(module)))
+            placed = _placed(what, read, size) if what else {}
         except ValueError as problem:
             file.findings.append(error(module, str(problem), _HINT))
             continue
@@ -285,7 +292,11 @@ def _placed(known: Known, read: lycoris.Module, size: tuple[int, int] | None) ->
     weights = tuple(d for d in (read.weight, read.remainder) if d is not None)
     whole = weights[0] if weights else read.bias
     assert whole is not None
-    out, inp = size or (whole.shape[0], prod(whole.shape[1:]))
+    out = whole.shape[0]
+    if weights:
+        inp = size[1] if size else prod(whole.shape[1:])
+    else:  # a bias alone does not show it
+        inp = native.input_of(known.heights, out) or (size[1] if size else 0)
     if isinstance(known.layer, Excluded) and not whole.as_stored:
         raise MismatchError(f"{known.path} ({known.layer.group}) carries no factors", where=known.path)
     found: dict[Target, tuple[Delta, ...]] = {}

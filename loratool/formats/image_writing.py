@@ -45,6 +45,15 @@ class Gathered:
     biases: dict[str, Delta] = field(default_factory=dict)
     whole: tuple[Delta | None, Delta | None] = (None, None)  # of several parts at once, or spelled as the file had it
 
+    def add(self, target: Target, delta: Delta, *, spelled_so: bool) -> None:
+        """Take the delta of a weight or bias, or of several at once; `spelled_so`: as the file had it."""
+        paths, is_bias = _weights_of(target), target.parts[0].endswith(".bias")
+        if paths == self.original.parts and (len(paths) > 1 or spelled_so):
+            weight, bias = self.whole
+            self.whole = (weight, delta) if is_bias else (delta, bias)
+        else:
+            (self.biases if is_bias else self.weights)[paths[0]] = delta
+
 
 @dataclass
 class Spelled:
@@ -88,14 +97,14 @@ def write(adapter: Adapter, architecture: Architecture | None, style: Style, opt
     header = metadata.updated(adapter, architecture, [m.weight for m in modules if m.weight], options, notes)
     if style.alpha == "metadata":
         header |= {"format": "pt", **_configs(modules, adapter, architecture)}
-    # hashes cost as much as writing the file: they are for those who keep them, sd-scripts and the webuis
-    file = TensorFile.new(options["file"], tensors, header, metadata.DIGESTS if style.flat else ())
+    digests = metadata.digests(adapter.metadata, *(m for _, m in options.get("sources", ()))) if style.flat else ()
+    file = TensorFile.new(options["file"], tensors, header, digests)
     return Written((file,), tuple(losses), tuple(dict.fromkeys(notes)))
 
 
 def name_of(target: Target, architecture: Architecture, style: Style) -> str:
     """Return a style's name of the module in which all that a target covers lies, or nothing where it has none."""
-    return _name(target, target.parts, {}, architecture, style)[0]
+    return _module_of(target, {}, architecture, style)[0]
 
 
 def _require_one_spelling(
@@ -106,8 +115,7 @@ def _require_one_spelling(
     own = adapter.origin.modules if adapter.origin.format == style.name else {}
 
     def names(family: Architecture) -> list[str]:
-        paths = {t: tuple(p.removesuffix(".bias") for p in t.parts) for t in adapter.targets}
-        return [_name(t, paths[t], own, family, style)[0] for t in paths]
+        return [_module_of(t, own, family, style)[0] for t in adapter.targets]
 
     mine = names(architecture) if families else []
     others = [f.name for f in families if (theirs := names(f)) != mine and any(theirs)]
@@ -131,10 +139,10 @@ def _modules(
         weight, bias = gathered.whole
         try:
             if gathered.weights:
-                weight = _joined(gathered.weights, gathered.original, config, told.notes)
+                weight = _of_the_whole(gathered.weights, gathered.original, config, told.notes)
             if gathered.biases:
                 beside = gathered.weights or ({name: weight} if weight else {})
-                bias = _joined(gathered.biases, gathered.original, config, told.notes, beside)
+                bias = _of_the_whole(gathered.biases, gathered.original, config, told.notes, beside)
         except MismatchError as problem:
             told.losses.append(f"{name}: {problem.what}" + (f" ({problem.hint})" if problem.hint else ""))
             continue
@@ -150,49 +158,53 @@ def _gathered(adapter: Adapter, architecture: Architecture, style: Style, losses
     found: dict[str, Gathered] = {}
     for target in adapter.targets:
         deltas = adapter.deltas[target]
+        name, original = _module_of(target, own, architecture, style)
         if len(deltas) > 1:
             losses.append(f"{target}: {len(deltas)} updates of one weight")
-            continue
-        is_bias = target.parts[0].endswith(".bias")
-        paths = tuple(p.removesuffix(".bias") for p in target.parts)
-        name, original = _name(target, paths, own, architecture, style)
-        if not name:
+        elif not name:
             losses.append(f"{target}: {style.name} has no name for it")
-            continue
-        module = found.setdefault(name, Gathered(target.component, original))
-        if paths == original.parts and (len(paths) > 1 or target in own):
-            weight, bias = module.whole
-            module.whole = (weight, deltas[0]) if is_bias else (deltas[0], bias)
         else:
-            (module.biases if is_bias else module.weights)[paths[0]] = deltas[0]
+            module = found.setdefault(name, Gathered(target.component, original))
+            module.add(target, deltas[0], spelled_so=target in own)
     return found
 
 
-def _name(
-    target: Target, paths: tuple[str, ...], own: Mapping[Target, str], architecture: Architecture, style: Style
+def _weights_of(target: Target) -> tuple[str, ...]:
+    """Return the paths of the weights that a target updates, or of those beside the biases that it updates."""
+    return tuple(part.removesuffix(".bias") for part in target.parts)
+
+
+def _module_of(
+    target: Target, own: Mapping[Target, str], architecture: Architecture, style: Style
 ) -> tuple[str, Original]:
-    """Return the module of the file in which a target lies, and what that module holds."""
-    prefix = style.prefix(architecture, target.component)
+    """Return the module of the file in which a target lies, no name where there is none, and what that module holds.
+
+    What was read from a file of the style (its modules are `own`) is called as there.
+    """
+    paths, prefix = _weights_of(target), style.prefix(architecture, target.component)
     if target in own and style.suffix != "xlabs" and (style.flat or own[target].startswith(prefix or "")):
         known = readings(architecture, own[target])
-        swap = bool(known) and known[0].swap
-        return own[target], Original(own[target], paths if len(paths) > 1 else (paths[0],), (), swap)
+        return own[target], Original(own[target], paths, (), swap=bool(known) and known[0].swap)
     here = Original(paths[0], paths[:1])
     if style.is_native(architecture, target.component):
         last = style.is_last(architecture, target.component)
         here = architecture.original(target.component, paths[0], last=last)
-    if prefix is None or "[" in "".join(paths) or (len(paths) > 1 and paths != here.parts):
+    in_parts = "[" in "".join(paths) or (len(paths) > 1 and paths != here.parts)
+    name = _xlabs_name(here.name, architecture) if style.suffix == "xlabs" else here.name
+    if prefix is None or in_parts or not name:
         return "", here
-    name = here.name
-    if style.suffix == "xlabs":
-        match = _XLABS.fullmatch(name)
-        if match is None or not architecture.find(XLABS_ONLY):
-            return "", here
-        name = f"{match[1]}.processor.{match[3]}_lora{'1' if match[2] == 'img' else '2'}"
     return prefix + (flatten(name) if style.flat else name), here
 
 
-def _joined(
+def _xlabs_name(name: str, architecture: Architecture) -> str:
+    """Return what XLabs calls the adapter of a module, or nothing where it trains none."""
+    match = _XLABS.fullmatch(name)
+    if match is None or not architecture.find(XLABS_ONLY):
+        return ""
+    return f"{match[1]}.processor.{match[3]}_lora{'1' if match[2] == 'img' else '2'}"
+
+
+def _of_the_whole(
     pieces: Mapping[str, Delta],
     original: Original,
     config: Mapping[str, Any],
@@ -218,7 +230,7 @@ def _joined(
         ]
         return replace(first, value=joined("", refs))
     if all(isinstance(d, Dora) and not d.of_inputs for d in present) and len(present) == len(original.parts):
-        inner = _joined({p: d.inner for p, d in pieces.items() if isinstance(d, Dora)}, original, config, notes)
+        inner = _of_the_whole({p: d.inner for p, d in pieces.items() if isinstance(d, Dora)}, original, config, notes)
         magnitudes = [d.magnitude for p in original.parts if isinstance(d := pieces[p], Dora)]
         assert isinstance(inner, LowRank)
         return Dora(inner, joined("", magnitudes))
@@ -226,7 +238,7 @@ def _joined(
         kinds = ", ".join(sorted({d.kind for d in present}))
         raise MismatchError(f"{kinds} updates of {', '.join(pieces)} do not make one of {original.name}")
     plain = _of_one_scaling({p: d for p, d in pieces.items() if isinstance(d, LowRank)}, original.name, notes)
-    return below_each_other([plain.get(p) for p in original.parts], heights, original.name)
+    return below_each_other(plain, dict(zip(original.parts, heights, strict=True)), original.name)
 
 
 def _of_one_scaling(pieces: Mapping[str, LowRank], name: str, notes: list[str]) -> dict[str, LowRank]:

@@ -53,7 +53,7 @@ _PUBLIC = frozenset(
         *(BASE, V2, DIM, ALPHA, MODULE, ARGUMENTS, SPEC_VERSION, SPEC, "format"),
         *("modelspec.implementation", "modelspec.title", "modelspec.author", "modelspec.license", "modelspec.tags"),
         *("modelspec.description", "modelspec.usage_hint", "modelspec.trigger_phrase", "modelspec.resolution"),
-        "modelspec.prediction_type",
+        *("modelspec.prediction_type", *(digest.field for digest in DIGESTS)),
     )
 )
 
@@ -85,6 +85,15 @@ def updated(
         if SPEC in metadata and len(made["sources"]) > 1:
             metadata["modelspec.merged_from"] = ", ".join(PurePath(s["name"]).stem for s in made["sources"])
     return metadata
+
+
+def digests(*sources: Mapping[str, str]) -> tuple[Digest, ...]:
+    """Return the digests that a file has: those of sd-scripts where a source has any of them.
+
+    No reader needs them, and they cost ten times what copying the file does: stable-diffusion-webui takes a file that
+    has none for what it is and hashes it itself (extensions-builtin/Lora/network.py), and so does Civitai.
+    """
+    return DIGESTS if any(digest.field in metadata for metadata in sources for digest in DIGESTS) else ()
 
 
 def _lasting(metadata: Mapping[str, str]) -> dict[str, str]:

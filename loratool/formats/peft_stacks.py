@@ -226,15 +226,13 @@ class Placed:
         """Return one delta a matrix, None where nothing changes; gate and up that lie in one matrix are joined."""
         result: list[LowRank | None] = []
         for index in range(max(self.parts) + 1):
-            pieces = [self.deltas.get(path) for path in self.parts.get(index, ())]
-            pieces = [None if p is None or p.is_zero else p for p in pieces]
-            present = [p for p in pieces if p is not None]
-            if not present:
-                result.append(None)
-            elif len(pieces) == 1:
-                result.append(present[0])
+            paths = self.parts.get(index, ())
+            present = {p: d for p in paths if (d := self.deltas.get(p)) is not None and not d.is_zero}
+            some = next(iter(present.values()), None)
+            if some is None or len(paths) == 1:
+                result.append(some)
             else:
-                result.append(below_each_other(pieces, [present[0].up.shape[0]] * len(pieces), parameter))
+                result.append(below_each_other(present, dict.fromkeys(paths, some.up.shape[0]), parameter))
         return result
 
 

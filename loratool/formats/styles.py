@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from loratool.architecture import Architecture
@@ -127,9 +128,10 @@ def classify(names: Iterable[str]) -> str:
     return votes.most_common(1)[0][0] if votes else ""
 
 
+@lru_cache(maxsize=1 << 14)  # every format asks of the same names
 def _style_of(name: str) -> str:
     key = keys.split(name)
-    if key is None or key.part in ("weight", "diff_b") or key.module.startswith("base_model."):
+    if key is None or key.part == "weight" or key.module.startswith("base_model."):
         return ""
     module, flat = key.module, "." not in key.module
     if flat:

@@ -14,6 +14,7 @@ from loratool.adapter import Adapter, Finding, Target
 from loratool.architecture import Architecture
 from loratool.deltas import Delta, Dora, LowRank
 from loratool.hookspecs import Format
+from loratool.ledger import Places
 from loratool.operations.blocks import FindBlocks, apart
 from loratool.operations.ranks import Rule
 from loratool.operations.recompress import ResizeModule, dtype_of, rebuilt, recompressible, settled_factors
@@ -61,6 +62,8 @@ def plan(
             found = deltas[target][0]
             inner = found.inner if isinstance(found, Dora) else found
             row |= {"rank": found.rank or None, "alpha": inner.alpha if isinstance(inner, LowRank) else None}
+        if any(f.what.startswith("dropped: ") for f in report.findings):
+            _leave_out_the_dropped(report, deltas, Places(tensors))
         return files
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
@@ -85,6 +88,18 @@ def plan(
     inputs = (Input(adapter.origin.path, adapter.tensors, adapter.explained, otherwise),)
     later = (*adapter.base_copies.values(), *(ref for ds in (*factored.values(), *kept.values()) for ref in _refs(ds)))
     return Plan(units, report, settle, files, format.single_file or "file" in options, inputs, later if units else ())
+
+
+def _leave_out_the_dropped(report: Report, deltas: Mapping[Target, Sequence[Delta]], written: Places) -> None:
+    """Count only the modules of which something was written: of a plain pair `up`, for `down` may be shared."""
+    gone = set()
+    for target, found in deltas.items():
+        inner = [d.inner if isinstance(d, Dora) else d for d in found]
+        own = [ref for d in inner for ref in ([d.up] if isinstance(d, LowRank) else d.refs)]
+        if not any(written.touch(ref) for ref in own):
+            gone.add(str(target))
+    report.rows = [row for row in report.rows if row["module"] not in gone]
+    report.totals["modules"] = len(report.rows)
 
 
 def _fused(
@@ -113,7 +128,7 @@ def _foreseen(
     deltas |= {t: ds for of in parts.values() for t, ds in of.items()}
     report = Report(verb="convert")
     spell(replace(adapter, deltas=deltas), architecture, format, options, report, drop_unmapped=True)
-    losses = [f.what for f in report.findings if f.where == "dropped"]
+    losses = [f"{f.where}: {f.what[9:]}" for f in report.findings if f.what.startswith("dropped: ")]
     if not losses or drop_unmapped:
         return report.findings
     what = f"cannot hold {len(losses)} parts of this, such as {losses[0]}; they are refused where they are not zero"

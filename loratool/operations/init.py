@@ -1,8 +1,8 @@
 """init: a new adapter for PEFT, ready to be trained, of the modules of a live model that a base on disk stands for.
 
 The tensors are named and shaped as PEFT has them in memory, the config selects exactly their modules. What is written
-is read back in the plan, so that nothing is made that the other verbs could not use. PiSSA changes the base: the
-adapter is for what it leaves of it, and is kept in `initial/` as it began, for the way back to the original.
+is read back in the plan, so that nothing is made that the other verbs could not use. PiSSA and LoftQ change the base:
+the adapter is for what they leave of it, and is kept in `initial/` as it began, for the way back to the original.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratool import dtypes
 from loratool.adapter import Adapter, Finding, Origin
@@ -21,7 +21,7 @@ from loratool.errors import InputError, UnsupportedError
 from loratool.formats.peft_config import STACKED_SINCE, make_config
 from loratool.hookspecs import Format
 from loratool.operations.matching import assembled, places, resolve
-from loratool.operations.starts import PrincipalStart, random_start
+from loratool.operations.starts import LoftqStart, PrincipalStart, random_start
 from loratool.operations.survey import Survey, survey_of
 from loratool.operations.targets import shared, targets_of
 from loratool.operations.trainable import Trained, Wish, trained
@@ -30,21 +30,33 @@ from loratool.storage.checkpoint import Checkpoint
 from loratool.storage.location import name_in_configs
 from loratool.tensors import TensorRef, TensorSource
 
-INITS = ("kaiming", "gaussian", "pissa")
+CHANGING = {"pissa": "PiSSA", "loftq": "LoftQ"}  # the starts that change the base, and what people call them
+INITS = ("kaiming", "gaussian", *CHANGING)
 INITIAL = "initial"  # the folder in the adapter's that holds what it was before training
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_TAKEN = "taken "  # before the names of spooled factors: what a start takes out of the base
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 @dataclass(frozen=True)
 class Start:
-    """How the factors begin. `residual` is where the rest of the base goes that PiSSA leaves; `memory` is in bytes."""
+    """How the factors begin. `residual` is where the base goes that PiSSA or LoftQ leave; `memory` is in bytes.
+
+    `iterations` are LoftQ's.
+    """
 
     init: str = "kaiming"
     seed: int = 0
     dtype: str = "float32"
     residual: str = ""
     memory: int = 2 << 30
+    iterations: int = 1
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a config says of a start that changed the base, in PEFT's words."""
+        more = {"loftq_config": {"loftq_bits": 4, "loftq_iter": self.iterations}} if self.init == "loftq" else {}
+        return {"init_lora_weights": self.init, **more}
 
 
 def plan(
@@ -59,11 +71,11 @@ def plan(
     names = [_WEIGHTS]
     files: list[TensorFile | JsonFile] = [TensorFile.new(_WEIGHTS, refs, {"format": "pt"}), JsonFile(_CONFIG, config)]
     read = _read_back(refs, config, architecture, format, base.path)
-    if start.init == "pissa":
-        before = {**config, "init_lora_weights": "pissa", "base_model_name_or_path": name_in_configs(base.path)}
+    if start.init in CHANGING:
+        before = {**config, **start.told, "base_model_name_or_path": name_in_configs(base.path)}
         names.append(f"{INITIAL}/{_WEIGHTS}")
         files += [TensorFile.new(names[1], refs, {"format": "pt"}), JsonFile(f"{INITIAL}/{_CONFIG}", before)]
-        units: Sequence[Unit] = _principal(modules, read, (base, architecture), start, names)
+        units: Sequence[Unit] = _changing(modules, read, (base, architecture), start, names)
     else:
         units = [random_start(m, _outs(m, _WEIGHTS, dtype), start.init, start.seed) for m in modules]
     report = Report(verb="init", findings=_findings(survey, wish))
@@ -73,9 +85,11 @@ def plan(
     report.files = [file.name for file in files]
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
-        for row, unit in zip(report.rows, units, strict=True):
-            if "kept" in facts[unit.key]:
-                row["share_of_norm"] = sqrt(facts[unit.key]["kept"] / (facts[unit.key]["total"] or 1.0))
+        measured = [facts[unit.key] for unit in units]
+        for row, found in zip(report.rows, measured, strict=True):
+            row.update(_shares(found))
+        if start.init == "loftq":
+            report.totals |= _shares({name: sum(found[name] for found in measured) for name in measured[0]})
         return Settled(report)
 
     inputs = (Input(base.path, base.tensors, {}, otherwise="not read"),)
@@ -170,10 +184,25 @@ def _row(module: Trained) -> dict[str, Any]:
     return {**row, "parameters": prod(module.down) + prod(module.up)}
 
 
-# -- PiSSA ------------------------------------------------------------------------------------------------------------
+def _shares(facts: Facts) -> dict[str, float]:
+    """Return what was measured of a weight, or of several, as shares of the Frobenius norm."""
+    names = {"kept": "share_of_norm", "nf4": "nf4_error", "left": "loftq_error"}
+    return {names[name]: sqrt(facts[name] / (facts["total"] or 1.0)) for name in names if name in facts}
 
 
-def _principal(
+# -- Starts that change the base: PiSSA, LoftQ ------------------------------------------------------------------------
+
+
+def taken(adapter: Adapter, spooled: Spooled, architecture: Architecture, format: Format, where: str) -> Adapter:
+    """Return what a start takes out of the base, from what its units spooled, as an adapter at `where`.
+
+    It has the modules and scalings of `adapter`, the new one.
+    """
+    refs = {name: spooled(_TAKEN + name, ref.shape).renamed(name) for name, ref in adapter.tensors.items()}
+    return format.read(TensorSource(where, refs, {"format": "pt"}, adapter.origin.config), (architecture,))
+
+
+def _changing(
     modules: Sequence[Trained],
     adapter: Adapter,
     model: tuple[Checkpoint, Architecture],
@@ -182,48 +211,70 @@ def _principal(
 ) -> list[PrincipalStart]:
     """Return the units that factorise the weights of linear layers; raise, by name, where one is something else."""
     base, architecture = model
+    called = CHANGING[start.init]
     if base.quantised:
-        what = "PiSSA takes the principal part out of the weights, and these are quantised"
+        what = f"{called} starts from the weights themselves, and these are quantised"
         raise InputError(what, where=base.path, hint="begin with the model in 16 bits; or --init kaiming")
     odd = [m for m in modules if m.module.is_parameter or m.kind not in ("linear", "Conv1D") or len(m.down) > 2]
     small = [m for m in modules if m.rank > min(m.module.out, m.module.inputs)]
-    for found, what in ((odd, "PiSSA is for linear layers"), (small, "the rank is above the smaller side of")):
-        if found:
-            told = ", ".join(m.module.name for m in found[:4]) + (f" and {len(found) - 4} more" if found[4:] else "")
-            raise UnsupportedError(f"{what}: {told}", where=base.path, hint="--exclude leaves modules out")
-    weights = _weights(adapter, base, architecture)
+    for found, what in ((odd, f"{called} is for linear layers"), (small, "the rank is above the smaller side of")):
+        _refuse(what, found, base)
+    weights = _weights(adapter, base, architecture, called)
+    if start.init == "loftq":
+        what = "LoftQ quantises weights as they lie in the file, whole and (out, in); not so lie those of"
+        _refuse(what, [m for m in modules if not weights[m.name].as_stored], base)
     dtype = dtypes.from_torch_name(start.dtype)
     units = []
     for module in modules:
-        weight, transposed = weights[module.name]
+        weight, transposed, _ = weights[module.name]
         copies = tuple(_outs(module, file, dtype) for file in files)
-        unit = PrincipalStart(
-            module.module.name,
-            weight,
-            transposed,
-            module.rank,
-            module.scaling,
-            start.seed,
-            streamed=False,
-            copies=copies,
+        out = _spooled(_outs(module, "", "F32" if start.init == "loftq" else dtype))
+        of = (module.module.name, weight, transposed, module.rank, module.scaling, start.seed, False)
+        unit = (
+            LoftqStart(*of, copies, start.iterations, out)
+            if start.init == "loftq"
+            else PrincipalStart(*of, (*copies, out))
         )
         units.append(unit if unit.scratch <= start.memory else replace(unit, streamed=True))
     return units
 
 
-def _weights(adapter: Adapter, base: Checkpoint, architecture: Architecture) -> dict[str, tuple[TensorRef, bool]]:
-    """Return the weight of each module of the file, put together where the base has it in parts; is it (in, out)?"""
+def _spooled(outs: tuple[Out, Out]) -> tuple[Out, Out]:
+    down, up = outs
+    return down._replace(name=_TAKEN + down.name), up._replace(name=_TAKEN + up.name)
+
+
+def _refuse(what: str, modules: Sequence[Trained], base: Checkpoint) -> None:
+    """Raise UnsupportedError that names the modules, if there are any."""
+    if modules:
+        more = f" and {len(modules) - 4} more" if modules[4:] else ""
+        told = ", ".join(m.module.name for m in modules[:4]) + more
+        raise UnsupportedError(f"{what}: {told}", where=base.path, hint="--exclude leaves modules out")
+
+
+class _Weight(NamedTuple):
+    """The weight of a module, put together where the base has it in parts."""
+
+    ref: TensorRef
+    transposed: bool  # (in, out)
+    as_stored: bool  # it is one whole tensor of the base, (out, in)
+
+
+def _weights(adapter: Adapter, base: Checkpoint, architecture: Architecture, called: str) -> dict[str, _Weight]:
+    """Return the weight of each module, by its name in the file."""
     known, config = places(base, architecture), base.config or {}
-    found: dict[str, tuple[TensorRef, bool]] = {}
+    found: dict[str, _Weight] = {}
     for target, name in adapter.origin.modules.items():
         slices = resolve(target, known, architecture, config)
         if not slices:
             raise InputError("the base has no such weight", where=str(target), hint="loratool arch check looks closer")
         if any(not dtypes.is_float(s.place.stored.dtype) for s in slices):
-            raise InputError("PiSSA needs weights of floating point", where=str(target))
+            raise InputError(f"{called} needs weights of floating point", where=str(target))
         if len(slices) == 1:
-            found[name] = slices[0].place.ref, slices[0].place.transposed
+            place = slices[0].place
+            as_stored = not place.transposed and place.ref.pieces == base.tensors[place.tensor].pieces
+            found[name] = _Weight(place.ref, place.transposed, as_stored)
             continue
         parts = [s.place.ref.transposed() if s.place.transposed else s.place.ref for s in slices]
-        found[name] = assembled(parts, [s.rows or () for s in slices]), False
+        found[name] = _Weight(assembled(parts, [s.rows or () for s in slices]), transposed=False, as_stored=False)
     return found

@@ -4,8 +4,9 @@ PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract the adapter that training starts
 did to the original base is then scaling * (B A - B0 A0): the trained adapter less the initial one, exactly, of up to
 twice the rank. Source: peft/utils/save_and_load.py, subtract_mutated_init (0.21.2).
 
-`init --init pissa` writes that changed base, the residual, as a checkpoint of its own. What PEFT trains on it is a
-plain adapter whose config names the residual: its base is known to be a changed one as long as that folder is there.
+`init --init pissa` and `--init loftq` write that changed base, the residual, as a checkpoint of its own. What PEFT
+trains on it is a plain adapter whose config names the residual: its base is known to be a changed one as long as that
+folder is there.
 """
 
 from __future__ import annotations
@@ -28,23 +29,24 @@ _MOST = 1 << 30  # bytes
 def of_residual(adapter: Adapter, base: str) -> Adapter:
     """Return an adapter that was trained on a residual as one of a changed base, unless `base` is that residual."""
     named = Path(adapter.base_model) if adapter.base_model else None
-    if named is None or adapter.changed_base or not _is_residual(named):
+    start = _start_of_residual(named) if named and not adapter.changed_base else ""
+    if named is None or not start:
         return adapter
     with suppress(OSError):
         if base and any(named.samefile(place) for place in (base, Path(base).parent)):
             return adapter
-    return replace(adapter, changed_base="pissa")
+    return replace(adapter, changed_base=start)
 
 
-def _is_residual(folder: Path) -> bool:
-    """Whether this is a folder in which init left the rest of a base."""
+def _start_of_residual(folder: Path) -> str:
+    """Return the start, pissa or loftq, with which init left the rest of a base in this folder; of others nothing."""
     try:
         if not (folder / RECORD).is_file():
-            return False
+            return ""
         totals = jsonfile.read(folder / RECORD, _MOST).get("totals")
     except (LoratoolError, OSError, ValueError):  # only a name in a config
-        return False
-    return isinstance(totals, dict) and RESIDUAL_OF in totals
+        return ""
+    return str(totals.get("init", "pissa")) if isinstance(totals, dict) and RESIDUAL_OF in totals else ""
 
 
 def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:

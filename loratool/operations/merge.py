@@ -46,12 +46,14 @@ def plan(
     dtype: str = "keep",
     compute: str = "float32",
     as_trained: str = "",
+    as_nf4: bool = False,
     allow_noop: bool = False,
 ) -> Plan:
     """Plan the merge of weighted `adapters` into `base`; every mismatch is reported at once.
 
     `out_name` names the output when the base is a single file. `dtype` is "keep" or a name in OUTPUT_DTYPES; `compute`
     the dtype of the arithmetic. `as_trained`: merge into what nf4 ("nf4", "nf4-double") made of the linear layers.
+    `as_nf4`: what the adapters touch is written as what nf4 makes of it, in its own dtype.
     """
     rebuilt = rebuild(base, architecture, adapters)
     ground = rebuilt.base
@@ -60,7 +62,8 @@ def plan(
     decoded = dtype != "keep" or as_trained or "num_hidden_layers" in rebuilt.config  # repeated layers have no codes
     codes = Codes(ground.shards) if decoded else in_own_encoding(base, ground)
     trained_on = _trained_on(ground, known, architecture) if as_trained else frozenset()
-    output = Output("", dtype, compute, rebuilt.kept_dtypes, codes, as_trained, trained_on, architecture.ignores)
+    ignores = architecture.ignores
+    output = Output("", dtype, compute, rebuilt.kept_dtypes, codes, as_trained, trained_on, ignores, as_nf4)
     weights, units, owners = _shards(output, "" if base.folder else out_name, touched)
     findings = [f for a in adapters for f in (*a.adapter.findings, *_other_base(a.adapter, base))]
     findings += rebuilt.findings
@@ -71,6 +74,7 @@ def plan(
             base, weights, dtype, rebuilt.config, [a.adapter for a in adapters], decoded=not codes.by_codes
         )
         how = summary(base.quantised) or (f"as {as_trained} makes it" if as_trained else "")
+        how = "and what is changed of it is rounded to nf4" if as_nf4 else how
         files = (*files, *beside, card(base, adapters, how, dtype))
         findings += notes
     of_base = summary(base.quantised) or (f"as trained: {as_trained}" if as_trained else "")

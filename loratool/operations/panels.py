@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, prod
 from typing import TYPE_CHECKING
@@ -29,7 +29,8 @@ class MergePanel:
 
     The matrix begins at row `row` of the output: an expert of a stack does not begin at 0. `compute` is the dtype of
     the arithmetic, "float32" or "float64". `as_trained`: what the weight was quantised to while the adapter was trained
-    on it (nf4, nf4-double), and what is decoded of that is then what the deltas are added to.
+    on it (nf4, nf4-double), and what is decoded of that is then what the deltas are added to. `as_nf4`: what is
+    written is what nf4 makes of the sum in the output's dtype; the panel begins with a block, as every 64th row does.
     """
 
     weight: TensorRef
@@ -41,6 +42,7 @@ class MergePanel:
     stop: int
     compute: str = "float32"
     as_trained: str = ""
+    as_nf4: bool = False
 
     @property
     def key(self) -> str:
@@ -72,25 +74,32 @@ class MergePanel:
 
     def run(self, load: Load, emit: Emit) -> Facts:
         """Read, add, round and write tile by tile."""
+        sums = self.sums(load)
+        lost = 0.0
+        for start, result, error in self.rounded(sums):
+            lost += error
+            emit(self.out, self.row + start, result)
+        return {"delta": sums.moved, "lost": lost if self.terms and not self.as_nf4 else 0.0}
+
+    def rounded(self, sums: Sums) -> Iterator[tuple[int, torch.Tensor, float]]:
+        """Yield what is written: (row within the panel, tile in a buffer, the squared error of its rounding)."""
         import torch
 
         from loratool.algebra.deltas import is_finite
         from loratool.algebra.merging import squared, what_overflows
+        from loratool.algebra.quantisation import quantise_nf4
 
         narrow = getattr(torch, dtypes.torch_name(self.out.dtype))
-        sums = self.sums(load)
-        lost = 0.0
         rounded: torch.Tensor | None = None
         for start, tile in sums:
             rounded = torch.empty_like(tile, dtype=narrow) if rounded is None or len(rounded) < len(tile) else rounded
             result = rounded[: len(tile)].copy_(tile)
+            error = 0.0
             if narrow is not tile.dtype or not is_finite(result):
                 error = squared(tile.sub_(result.to(tile.dtype)))  # of the rounding; not finite where a value is not
                 if not isfinite(error):
                     raise InputError(what_overflows(tile, narrow), where=self.out.name)
-                lost += error
-            emit(self.out, self.row + start, result)
-        return {"delta": sums.moved, "lost": lost if self.terms else 0.0}
+            yield start, quantise_nf4(result) if self.as_nf4 else result, error
 
     def sums(self, load: Load) -> Sums:
         """Return what gives the merged rows, in the dtype of the arithmetic."""

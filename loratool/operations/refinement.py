@@ -133,11 +133,11 @@ def in_whole_modules(
         if len(target.parts) > 1:
             names, (some, *_) = target.parts, pieces.values()
             rows = list(target.heights) or [some[0].up.shape[0]] * len(names)
-            joined = _joined(target, pieces, dict(zip(names, rows, strict=True)))
+            joined = _in_one_weight(target, pieces, dict(zip(names, rows, strict=True)))
         else:
             assert architecture is not None
             layout = _layout(target, pieces, architecture, config)
-            joined = _joined(target, pieces, {name: count(rows) for name, rows in layout.items()})
+            joined = _in_one_weight(target, pieces, {name: count(rows) for name, rows in layout.items()})
             joined = tuple(replace(d, up=_laid_out(d.up, layout)) for d in joined)
         _add(deltas, {target: joined})
     return replace(adapter, deltas=deltas)
@@ -148,14 +148,15 @@ def _add(deltas: dict[Target, tuple[Delta, ...]], more: Deltas) -> None:
         deltas[target] = (*deltas.get(target, ()), *found)
 
 
-def _joined(target: Target, pieces: Mapping[str, tuple[LowRank, ...]], rows: Mapping[str, int]) -> tuple[LowRank, ...]:
-    """Return the deltas of weights one below the other: downs one below the other, ups side by side, zero elsewhere."""
+def _in_one_weight(
+    target: Target, pieces: Mapping[str, tuple[LowRank, ...]], rows: Mapping[str, int]
+) -> tuple[LowRank, ...]:
+    """Return the deltas of a weight that has these pieces: one of all that can share a pair of factors."""
     alike: dict[object, dict[str, LowRank]] = {}
     for name, found in pieces.items():
         for n, d in enumerate(found):
             alike.setdefault((n, d.scaling, d.down.dtype, d.up.dtype, d.down.shape[1:]), {})[name] = d
-    every = ([group.get(name) for name in rows] for group in alike.values())
-    return tuple(below_each_other(group, list(rows.values()), target) for group in every)
+    return tuple(below_each_other(group, rows, target) for group in alike.values())
 
 
 def _layout(

@@ -20,7 +20,8 @@ from loratool.tensors import TensorRef
 class Output(NamedTuple):
     """A file of the output, and what the options say of all: dtypes, and what "keep" is for new tensors; encodings.
 
-    `untouched` says of a tensor that it stays as it is: the VAE's in a checkpoint of one file.
+    `untouched` says of a tensor that it stays as it is: the VAE's in a checkpoint of one file. `as_nf4`: matrices
+    that are touched are written as what nf4 makes of them.
     """
 
     file: str
@@ -31,6 +32,7 @@ class Output(NamedTuple):
     as_trained: str
     trained_on: frozenset[str]
     untouched: Callable[[str], bool]
+    as_nf4: bool = False
 
     def wanted(self, ref: TensorRef) -> str:
         """Return the dtype that a tensor gets."""
@@ -116,7 +118,9 @@ def _panels(ref: TensorRef, name: str, output: Output, dtype: str, blocks: Mappi
         transposed = mine.place.transposed if mine else False
         whole = simulated == "nf4-double"  # whose scales depend on all of the weight
         cuts = [(0, stop - start)] if whole else panels_of(matrix, terms, transposed=transposed)
+        as_nf4 = output.as_nf4 and mine is not None
         units += [
-            (MergePanel(matrix, out, terms, transposed, start, a, b, output.compute, simulated), mine) for a, b in cuts
+            (MergePanel(matrix, out, terms, transposed, start, a, b, output.compute, simulated, as_nf4), mine)
+            for a, b in cuts
         ]
     return units

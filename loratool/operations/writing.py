@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from loratool.adapter import Adapter, Finding
+from loratool.adapter import Adapter, Finding, gathered
 from loratool.architecture import Architecture
 from loratool.deltas import LowRank
 from loratool.errors import AmbiguityError, InputError, MismatchError
@@ -50,7 +51,8 @@ def spell(
         adapter = brought
     written = format.write(adapter, architecture, options)
     if written.losses and not drop_unmapped:
-        some = [*written.losses[:12], *([f"... and {len(written.losses) - 12} more"] if written.losses[12:] else [])]
+        shown, more = gathered(_lost(loss) for loss in written.losses)
+        some = [f"{f.where}: {f.what}" for f in shown] + ([f"... and {more} more"] if more else [])
         raise InputError(
             "\n  ".join([f"{format.name} cannot hold {len(written.losses)} parts of this", *some]),
             where=adapter.origin.path,
@@ -64,8 +66,14 @@ def spell(
         )
     report.files = [file.name for file in written.files]
     report.findings += [Finding("warning", format.name, note) for note in written.notes]
-    report.findings += [Finding("warning", "dropped", loss) for loss in written.losses]
-    return written.files
+    report.findings += [f._replace(what=f"dropped: {f.what}") for f in map(_lost, written.losses)]
+    return tuple(replace(file, finite=True) if isinstance(file, TensorFile) else file for file in written.files)
+
+
+def _lost(loss: str) -> Finding:
+    """Return a loss, `module: why`, as what to warn of."""
+    place, _, why = loss.partition(": ")
+    return Finding("warning", place, why)
 
 
 def _require_one_pair(adapter: Adapter, before: Adapter) -> None:

@@ -99,6 +99,9 @@ def push(
     """
     if not paths:
         raise UsageError("what is to be sent?", hint="loratool push PATH org/name")
+    first = str(paths[0])
+    if Path(to).exists() and not Path(first).exists() and parse(first):
+        raise UsageError("the repository comes last", where=first, hint=f"loratool push {to} {first}")
     return _pushed([str(path) for path in paths], sending.target(to, publish), publish, None, plugins)
 
 

@@ -65,6 +65,8 @@ def target(repo: str, publishing: Publishing) -> Target:
     location.warn_of_open_endpoint()
     if hub.is_offline():
         raise HubError("HF_HUB_OFFLINE is set", where=name, hint="run it again with HF_HUB_OFFLINE=0")
+    if not (publishing.dry_run or hub.has_token()):
+        raise HubError("without a token nothing can be sent", where=name, hint=hub.LOGIN)
     try:
         return Target(name, hub.listing(name))
     except HubError as problem:

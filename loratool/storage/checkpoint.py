@@ -140,7 +140,10 @@ def open_base(path: str, *, allow_pickle: bool = False) -> Checkpoint:
     A pipeline of diffusers is opened with all its components that an adapter can be for.
     """
     with location.named(path):
-        return replace(_open_base(location.place(path), allow_pickle), path=location.called(path))
+        place = location.place(path)
+        if location.is_from_cache(path) and (place / _PIPELINE).is_file():
+            pipeline.check_whole(place, jsonfile.read(place / _PIPELINE))
+        return replace(_open_base(place, allow_pickle), path=location.called(path))
 
 
 def _open_base(place: Path, allow_pickle: bool) -> Checkpoint:
@@ -325,7 +328,7 @@ def _read(path: Path, name: str, allow_pickle: bool) -> tuple[Shard, dict[str, T
         )
     from loratool.storage import torchfile
 
-    location.fetch([str(path)])
+    location.fetch_whole(path)
     tensors = torchfile.read(path)
     new = TensorFile.new(_as_safetensors(name), tensors.values(), {"format": "pt"})  # transformers wants to be told
     return Shard(new.name, safetensors.Header(b"", new.tensors, dict(new.metadata)), name), tensors

@@ -9,17 +9,34 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from loratool.errors import StorageError
 from loratool.storage import location
+from loratool.storage.ranges import Ranges
 
 
 class Descriptor:
     """Opens a file. Whoever uses `number` holds the object meanwhile; the last to drop it closes the file."""
 
     def __init__(self, path: str | Path, flags: int, mode: int = 0o600) -> None:
-        self.number = -1  # for __del__, where opening fails
-        location.fetch([str(path)])
+        self.path, self.number = str(path), -1  # for __del__, where opening fails
+        location.fetch_whole(Path(path))
         self.number = os.open(path, flags, mode)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` on."""
+        done = 0
+        while done < len(view):
+            got = os.preadv(self.number, [view[done:]], offset + done)
+            if not got:
+                what = f"the file ends at byte {offset + done:,}: was it changed?"
+                raise StorageError(what, where=self.path)
+            done += got
 
     def __del__(self) -> None:
         if self.number >= 0:
             os.close(self.number)
+
+
+def reader(path: str) -> Descriptor | Ranges:
+    """Open what is read at positions: a file, or one that a streaming run left on the Hub."""
+    return location.ranges(path) or Descriptor(path, os.O_RDONLY)

@@ -7,6 +7,7 @@ that of a file; it is in no message: each is searched for it, and foreign traceb
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _RETRIES = 2  # of a question; huggingface_hub has its own number for what it sends
-_LOGIN = "log in: HF_TOKEN, hf auth login, or --token-file FILE"
+LOGIN = "log in: HF_TOKEN, hf auth login, or --token-file FILE"
 _AGAIN = "run it again: what has arrived is not sent again"
 _token: list[str] = []
 
@@ -122,23 +123,55 @@ def was_answered(problem: Exception) -> bool:
 def read(name: HubName, start: int, stop: int) -> bytes:
     """Return the bytes of a file from `start` to `stop`: one request, and perhaps its redirection."""
     with problems(name):
-        address = f"{endpoint()}/{name.repo}/resolve/{quote(name.revision, safe='')}/{quote(name.path)}"
-        answer = _get(address, {"Range": f"bytes={start}-{stop - 1}"})
+        answer = _get(address_of(name), {"Range": f"bytes={start}-{stop - 1}"})
         data: bytes = answer.content if answer.status_code == 206 else answer.content[start:stop]
     if len(data) != stop - start:
         raise HubError(f"the Hub sent {len(data):,} bytes of {stop - start:,}", where=name, hint="run it again")
     return data
 
 
-def _get(address: str, headers: Mapping[str, str] | None = None) -> Any:
-    from loratool import __version__
+class _Scrubbing(logging.Filter):
+    """Keeps tokens, passwords and signatures out of what huggingface_hub logs of the requests that it repeats."""
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = _scrubbed(record.getMessage()), ()
+        return True
+
+
+def _scrub_logs() -> None:
+    """Let huggingface_hub's log of its requests be as our own messages are."""
+    log = logging.getLogger("huggingface_hub.utils._http")
+    if not any(isinstance(one, _Scrubbing) for one in log.filters):
+        log.addFilter(_Scrubbing())
+
+
+def _get(address: str, more: Mapping[str, str] | None = None) -> Any:
     utils: Any = import_module("huggingface_hub.utils")
-    who = utils.build_hf_headers(token=token(), library_name="loratool", library_version=__version__)
-    asked = {**who, "Accept-Encoding": "identity", **(headers or {})}
+    asked = {**headers(address), **(more or {})}
     answer = utils.http_backoff("GET", address, headers=asked, timeout=30, max_retries=_RETRIES)
     utils.hf_raise_for_status(answer)
     return answer
+
+
+def address_of(name: HubName) -> str:
+    """Return the address at which the Hub tells of a file of a commit, or of where its bytes are."""
+    return f"{endpoint()}/{name.repo}/resolve/{quote(name.revision, safe='')}/{quote(name.path)}"
+
+
+def is_own(address: str) -> bool:
+    """Whether an address is the Hub's own, rather than that of a store of large files."""
+    one, other = urlsplit(address), urlsplit(endpoint())
+    return (one.scheme, one.hostname, one.port) == (other.scheme, other.hostname, other.port)
+
+
+def headers(address: str) -> dict[str, str]:
+    """Return the headers of a request; the token goes to the Hub alone."""
+    from loratool import __version__
+
+    utils: Any = import_module("huggingface_hub.utils")
+    who = token() if is_own(address) else False
+    told = utils.build_hf_headers(token=who, library_name="loratool", library_version=__version__)
+    return {**told, "Accept-Encoding": "identity"}
 
 
 def download(name: HubName, paths: Sequence[str]) -> Path:
@@ -153,6 +186,13 @@ def download(name: HubName, paths: Sequence[str]) -> Path:
             return Path(file.removesuffix(paths[0]))
         patterns = [escape(path) for path in paths]
         return Path(huggingface_hub.snapshot_download(name.repo, allow_patterns=patterns, **common))
+
+
+def is_cached(name: HubName) -> bool:
+    """Whether huggingface_hub's cache has a file of a commit."""
+    import huggingface_hub
+
+    return isinstance(huggingface_hub.try_to_load_from_cache(name.repo, name.path, revision=name.revision), str)
 
 
 def own_folder(name: HubName) -> Path:
@@ -191,6 +231,7 @@ def cached(name: HubName) -> tuple[str, Path] | None:
 @contextmanager
 def problems(name: HubName, *, writing: bool = False) -> Iterator[None]:
     """Turn what huggingface_hub raises about a repository into a HubError."""
+    _scrub_logs()
     try:
         yield
     except LoratoolError:
@@ -221,7 +262,8 @@ def _explained(problem: Exception, name: HubName, *, writing: bool) -> LoratoolE
     foreign = any(type(c).__module__.partition(".")[0].startswith(("httpx", "requests", "hf_xet")) for c in causes)
     if foreign or isinstance(problem, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
         hint = _AGAIN if writing else "is there a connection? What is in the cache opens with HF_HUB_OFFLINE=1"
-        return HubError(f"the connection to {shown_endpoint()} failed: {told}", where=name, hint=hint)
+        what = f"the connection to {shown_endpoint()} failed: {told}"
+        return HubError(what, where=name, hint=hint, missing="connection")
     if isinstance(problem, (ValueError, RuntimeError)) and not isinstance(problem, OSError):
         return HubError(f"the transfer failed: {told}", where=name, hint=_AGAIN if writing else "run it again")
     return None
@@ -236,7 +278,7 @@ def _of_answer(problem: Any, name: HubName, *, writing: bool) -> HubError:
     if isinstance(problem, errors.GatedRepoError):
         what, hint = (
             "access to this model is restricted",
-            f"ask for it on {shown_endpoint()}/{name.repo}, then {_LOGIN}",
+            f"ask for it on {shown_endpoint()}/{name.repo}, then {LOGIN}",
         )
     elif isinstance(problem, errors.RevisionNotFoundError):
         what = f"there is no revision {name.revision or 'main'!r}"
@@ -244,13 +286,13 @@ def _of_answer(problem: Any, name: HubName, *, writing: bool) -> HubError:
     elif isinstance(problem, errors.EntryNotFoundError):
         what, hint = f"there is no file {name.path!r}" if name.path else "there is no such file", ""
     elif status == 401 and (token() or get_token()) and not isinstance(problem, errors.RepositoryNotFoundError):
-        what, hint = "the Hub does not accept this token", _LOGIN
+        what, hint = "the Hub does not accept this token", LOGIN
     elif isinstance(problem, errors.RepositoryNotFoundError) or status in (401, 404):
         what = "no local path and no repository on the Hub is called so, or it is private"
-        what, hint = ("the Hub wants to know who is asking" if writing and status == 401 else what), _LOGIN
+        what, hint = ("the Hub wants to know who is asking" if writing and status == 401 else what), LOGIN
     elif status == 403:
         what = f"the Hub refuses{f': {told}' if told else ''}"
-        hint = "a token that may write there; or --create-pr, which proposes the change" if writing else _LOGIN
+        hint = "a token that may write there; or --create-pr, which proposes the change" if writing else LOGIN
     elif status in (409, 412):
         what = f"somebody changed the repository meanwhile{f': {told}' if told else ''}"
         hint = "look at what changed, then run it again; or --create-pr, which leaves the branch as it is"
@@ -262,7 +304,7 @@ def _of_answer(problem: Any, name: HubName, *, writing: bool) -> HubError:
         what, hint = f"the Hub refuses ({status}){f': {told}' if told else ''}", ""
     missing = "repository" if isinstance(problem, errors.RepositoryNotFoundError) and status == 404 else ""
     missing = "revision" if isinstance(problem, errors.RevisionNotFoundError) else missing
-    return HubError(what, where=name, hint=hint, missing=missing)
+    return HubError(what, where=name, hint=hint, missing=missing, status=status)
 
 
 def _scrubbed(text: str) -> str:

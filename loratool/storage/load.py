@@ -6,7 +6,6 @@ process. File descriptors are kept open for the run and shared by threads (pread
 
 from __future__ import annotations
 
-import os
 import threading
 from math import prod
 from types import TracebackType
@@ -17,7 +16,8 @@ from loratool import dtypes
 from loratool.algebra import quantisation
 from loratool.encodings import Transposed4Bit
 from loratool.errors import InputError, StorageError
-from loratool.storage.descriptor import Descriptor
+from loratool.storage.descriptor import Descriptor, reader
+from loratool.storage.ranges import Ranges
 from loratool.tensors import Inline, TensorRef, View
 
 
@@ -28,7 +28,7 @@ class Loader:
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self._files: dict[str, Descriptor] = {}
+        self._files: dict[str, Descriptor | Ranges] = {}
         self._closed = False
         self._kept: dict[object, torch.Tensor] = {}
         self._lock = threading.Lock()
@@ -113,13 +113,9 @@ class Loader:
             if self._closed:
                 raise StorageError("the run that wanted this file has ended", where=path)
             if path not in self._files:
-                self._files[path] = Descriptor(path, os.O_RDONLY)
-            file, done = self._files[path], 0
-        while done < len(view):
-            got = os.preadv(file.number, [view[done:]], offset + done)
-            if not got:
-                raise StorageError(f"the file ends at byte {offset + done:,}: was it changed?", where=path)
-            done += got
+                self._files[path] = reader(path)
+            file = self._files[path]
+        file.read_into(view, offset)
 
     def __enter__(self) -> Loader:
         return self

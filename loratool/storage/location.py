@@ -3,6 +3,7 @@
 A repository is opened as a folder of empty files under HF_HOME/loratool, one for each of its own. What a header or a
 config says is asked for by ranges, when it is read; a file that a run needs whole is fetched into huggingface_hub's
 cache, when the run starts, and linked in. So plans, dry runs and refusals cost a few requests, whatever the size.
+While `streaming`, such files stay where they are, too, and the run reads them by ranges.
 
 A revision is a commit from the first request on; every later one names that commit. A local path wins over a name.
 """
@@ -17,15 +18,17 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, NamedTuple
 
-from loratool.errors import HubError, LoratoolError
+from loratool.errors import HubError, LoratoolError, UsageError
 from loratool.storage import hub_names
 from loratool.storage.hub_names import HubName
 
 if TYPE_CHECKING:
     from loratool.storage.hub import Listing
+    from loratool.storage.ranges import Ranges
 
 _FIRST = 1 << 18  # bytes: nearly all headers of adapters, and all of a small file
 _SMALL = 1 << 20  # configs up to here are read by one request, and kept
@@ -56,6 +59,8 @@ class _Opened(NamedTuple):
 
 
 _stubs: dict[str, _Stub] = {}
+_ranges: dict[str, Ranges] = {}  # of those stubs that runs read where they are
+_streaming: ContextVar[bool] = ContextVar("streaming", default=False)
 _opened: dict[tuple[str, str], _Opened] = {}
 _roots: set[Path] = set()
 _said: set[str] = set()
@@ -101,6 +106,22 @@ def forget() -> None:
     with _lock:
         for key in [key for key in _opened if not name_is_fixed(key[0])]:
             del _opened[key]
+
+
+@contextmanager
+def streaming() -> Iterator[None]:
+    """Let the runs inside this block read what is on the Hub by ranges, and keep nothing of it but small configs.
+
+        with loratool.streaming():
+            loratool.merge("org/base", ["org/adapter"], "merged")
+
+    What huggingface_hub's cache has already is read from there. Pickles, which are not read in parts, are refused.
+    """
+    before = _streaming.set(True)
+    try:
+        yield
+    finally:
+        _streaming.reset(before)
 
 
 @contextmanager
@@ -175,7 +196,7 @@ def _open(source: str, name: HubName) -> _Opened:
             raise HubError("HF_HUB_OFFLINE is set, and the cache has no such revision", where=name, hint=_GET_ONCE)
         told = hub.listing(name)
     except HubError as problem:
-        unreachable = hub.is_offline() or problem.what.startswith("the connection")
+        unreachable = hub.is_offline() or problem.missing == "connection"
         cached = hub.cached(name) if unreachable else None
         if cached is None:
             raise
@@ -309,7 +330,7 @@ def small_pieces(path: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
             runs[-1][1] = max(runs[-1][1], offset + nbytes)
         else:
             runs.append([offset, offset + nbytes])
-    if sum(stop > len(stub.head) for _, stop in runs) > _RANGES_CAP:
+    if sum(stop > len(stub.head) for _, stop in runs) > _RANGES_CAP and not _streaming.get():
         fetch([path])
         return small_pieces(path, places)
     with ThreadPoolExecutor(8) as pool:
@@ -323,20 +344,51 @@ def small_pieces(path: str, places: Sequence[tuple[int, int]]) -> list[bytes]:
 
 
 def fetch(paths: Iterable[str]) -> None:
-    """Bring files here that are on the Hub so far: small ones by themselves, others by huggingface_hub's cache."""
+    """Bring files here that are on the Hub so far, by huggingface_hub's cache; while streaming, those that it has."""
     wanted: dict[HubName, list[str]] = {}
     for path in dict.fromkeys(paths):
         stub = _stubs.get(path)
-        if stub is not None:
+        if stub is not None and not (_streaming.get() and _is_left(path, stub)):
             wanted.setdefault(stub.name._replace(path=""), []).append(path)
     for name, files in wanted.items():
         _fetch(name, files)
 
 
+def _is_left(path: str, stub: _Stub) -> bool:
+    """Leave a file where it is, to be read by ranges, unless the cache has it."""
+    from loratool.storage import hub
+    from loratool.storage.ranges import Ranges
+
+    if hub.is_cached(stub.name):
+        return False
+    with _lock:
+        _ranges.setdefault(path, Ranges(stub.name, stub.size))
+    return True
+
+
+def ranges(path: str) -> Ranges | None:
+    """Return what reads a file that a streaming run left on the Hub; None for any other file."""
+    return _ranges.get(path) if path in _stubs else None
+
+
+def is_here(folder: Path) -> bool:
+    """Whether no file in a folder was left on the Hub by a streaming run."""
+    return not any(path in _stubs and Path(path).is_relative_to(folder) for path in _ranges)
+
+
+def fetch_whole(path: Path) -> None:
+    """Bring a file here that is opened by others, or not read in parts."""
+    if str(path) in _stubs and (_streaming.get() or str(path) in _ranges):
+        fetch([str(path)])  # from the cache, perhaps
+        if str(path) in _stubs:
+            raise UsageError("this file is not read in parts", where=path, hint="leave --stream out")
+    fetch([str(path)])
+
+
 def fetch_small(path: Path) -> None:
     """Bring a config here: by one request, where it is not large."""
     stub = _stubs.get(str(path))
-    if stub is not None and stub.size > _SMALL:
+    if stub is not None and stub.size > _SMALL and not _streaming.get():
         fetch([str(path)])
     elif stub is not None:
         _keep(path, stub)

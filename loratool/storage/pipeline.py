@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.errors import StorageError
 from loratool.storage import quantised
 from loratool.storage.runs import WEIGHTS
 from loratool.storage.safetensors import Header
@@ -45,6 +46,16 @@ def together(path: str, parts: Mapping[str, Checkpoint]) -> Checkpoint:
         stored_shards=tuple(chain.from_iterable(c.stored_shards or c.shards for c in every)),
         components=components,
     )
+
+
+def check_whole(place: Path, index: Mapping[str, object]) -> None:
+    """Raise StorageError where a folder lacks components that its model_index.json lists, or their weights."""
+    listed = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
+    for name in listed:
+        folder = place / name
+        is_model = (folder / "config.json").is_file()  # schedulers and tokenizers call theirs otherwise
+        if not folder.is_dir() or (is_model and not any(p.suffix in WEIGHTS for p in folder.iterdir())):
+            raise StorageError(f"the pipeline has no {'weights in ' * is_model}{name}/", where=place)
 
 
 def _qualified(opened: Checkpoint, name: str) -> Checkpoint:

@@ -19,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from loratool.errors import FormatError, StorageError, UsageError
+from loratool.errors import FormatError, HubError, StorageError, UsageError
 from loratool.plan import CopiedFile, Facts, JsonFile, Out, OutFile, TensorFile, TextFile
-from loratool.storage import digests, jsonfile, safetensors, target
+from loratool.storage import digests, jsonfile, location, ranges, safetensors, target
 from loratool.storage.descriptor import Descriptor
 from loratool.storage.writeback import WriteBehind
 from loratool.tensors import Inline, Span, TensorRef
@@ -68,20 +68,27 @@ class Staging:
     ) -> None:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             error.add_note(f"{self.out} was written" if self._is_published() else f"nothing was written to {self.out}")
-        self._leave()
+        lost = isinstance(error, HubError) and bool(self._whole)
+        if lost and isinstance(error, HubError):
+            error.hint = f"the same command goes on where it stopped: what it made so far is in {self.root}"
+        self._leave(keep=lost)
         if isinstance(error, OSError):
             raise _storage_error(error, self.out) from error
 
-    def _leave(self) -> None:
-        """Remove what was staged and give the lock back. What a run without the lock finds belongs to another run."""
+    def _leave(self, *, keep: bool = False) -> None:
+        """Remove what was staged and give the lock back. What a run without the lock finds belongs to another run.
+
+        `keep`: as a killed run would leave it, to be resumed.
+        """
         self._files.clear()
         if self._journal >= 0:
             os.close(self._journal)
             self._journal = -1
         if self._lock >= 0:
-            with suppress(OSError):
-                self._forget()
-            shutil.rmtree(self.root, ignore_errors=True)
+            if not keep:
+                with suppress(OSError):
+                    self._forget()
+                shutil.rmtree(self.root, ignore_errors=True)
             target.lock_path(self.out).unlink(missing_ok=True)
             os.close(self._lock)
         for folder in self._made:
@@ -162,9 +169,8 @@ class Staging:
             elif isinstance(file, TextFile):
                 self._behind.write(self._create(file.name).number, file.text.encode(), 0)
             else:
-                source = Descriptor(file.source, os.O_RDONLY)
-                size = os.fstat(source.number).st_size
-                self._behind.copy(source.number, self._create(file.name).number, 0, 0, size)
+                size = location.size(Path(file.source))
+                self._copy(self._create(file.name).number, [(file.source, 0, 0, size)], file.name)
         if spool:
             self._prepare_spool(spooled, spool)
 
@@ -207,10 +213,10 @@ class Staging:
         for ref in file.tensors:
             self._places[file.name, ref.name] = places[ref.name]
         if not resumed:
-            self._fill(self._files[file.name].number, file.tensors, places)
+            self._fill(self._files[file.name].number, file.tensors, places, file.name)
             self._note_whole(f"payload/{file.name}", size)
 
-    def _fill(self, fd: int, refs: Sequence[TensorRef], places: Mapping[str, int]) -> None:
+    def _fill(self, fd: int, refs: Sequence[TensorRef], places: Mapping[str, int], title: str) -> None:
         """Write every byte of a file that needs no computing (a view has to be read and rearranged)."""
         views = [ref for ref in refs if ref.view]
         if views:
@@ -226,15 +232,29 @@ class Staging:
                 if isinstance(piece, Inline):
                     self._behind.write(fd, piece.data, at)
                 at += piece.nbytes
-        sources: dict[str, int] = {}
-        try:
-            for path, start, at, nbytes in _runs(refs, places):
-                if path not in sources:
-                    sources[path] = os.open(path, os.O_RDONLY)
-                self._behind.copy(sources[path], fd, start, at, nbytes)
-        finally:
-            for source in sources.values():
-                os.close(source)
+        self._copy(fd, _runs(refs, places), title)
+
+    def _copy(self, fd: int, runs: Sequence[tuple[str, int, int, int]], title: str) -> None:
+        """Copy (path, from, to, bytes) into an open file."""
+        away = {path: source for path, *_ in runs if (source := location.ranges(path))}
+        local: dict[str, Descriptor] = {}
+        for path, start, at, nbytes in runs:
+            if path not in away:
+                if path not in local:
+                    local[path] = Descriptor(path, os.O_RDONLY)
+                self._behind.copy(local[path].number, fd, start, at, nbytes)
+        if away:
+            self._receive(fd, [(away[run[0]], *run[1:]) for run in runs if run[0] in away], title)
+
+    def _receive(self, fd: int, runs: Sequence[tuple[ranges.Ranges, int, int, int]], title: str) -> None:
+        """Copy from the Hub, with a progress bar: of a large model it takes hours."""
+        buffer = memoryview(bytearray(min(ranges.WINDOW, max(run[3] for run in runs))))
+        with ranges.bar(title, sum(run[3] for run in runs)) as bar:
+            for source, start, at, nbytes in runs:
+                for done in range(0, nbytes, ranges.WINDOW):
+                    part = buffer[: nbytes - done]
+                    source.read_into(part, start + done, bar.update)
+                    self._behind.write(fd, part, at + done)
 
     def _prepare_spool(self, outs: Iterable[Out], size: int) -> None:
         """Reserve room in the spool for outputs whose rank is settled later."""
@@ -338,7 +358,7 @@ def _size_of(file: OutFile) -> int:
     """Bytes that a file takes on the disk; of JSON, too few to count."""
     if isinstance(file, TensorFile):
         return len(_header(file)) + sum(ref.nbytes for ref in file.tensors)
-    return Path(file.source).stat().st_size if isinstance(file, CopiedFile) else 0
+    return location.size(Path(file.source)) if isinstance(file, CopiedFile) else 0
 
 
 def _room(out: Out) -> int:

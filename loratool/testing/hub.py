@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha1, sha256
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -31,13 +32,14 @@ READ_TOKEN = "hf_loratool_test_read"
 _LARGE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".model", ".zip", ".npz")
 
 
-class File(NamedTuple):
+@dataclass(frozen=True)
+class File:
     """A file of a commit: its bytes, and whether they are stored apart (LFS) rather than in git."""
 
     data: bytes
     large: bool
 
-    @property
+    @cached_property
     def oid(self) -> str:
         """The SHA-256 of a large file, git's SHA-1 of another."""
         return (

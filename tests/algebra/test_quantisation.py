@@ -112,6 +112,30 @@ def test_nf4_of_zeros_is_zeros(nested: bool):
     assert not q.quantise_nf4(weight, nested=nested).any()
 
 
+def test_nf4_takes_the_nearest_number_and_of_two_the_smaller():
+    table = torch.tensor(q.NF4, dtype=torch.float32)
+    middles = (table[:-1] + table[1:]) / 2
+    beside = [torch.nextafter(x, torch.tensor(side)) for x in (middles, table) for side in (-2.0, 2.0)]
+    values = torch.cat([middles, table, *beside, torch.linspace(-1, 1, 50_001)]).clamp(-1, 1)
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % 63)).view(-1, 63)
+    blocks = torch.cat([blocks, torch.ones(len(blocks), 1)], dim=1)  # the scale of every block is 1
+    nearest = (blocks.double()[..., None] - table.double()).abs().argmin(-1)  # the first of two, which is the smaller
+    found = q.quantise_nf4(blocks)
+    exact = (blocks[..., None] != middles).all(-1)  # middles are rounded: on them nothing is nearest in fp64
+    assert torch.equal(found[exact], table[nearest][exact])
+    at = torch.isin(blocks, middles)
+    assert torch.equal(found[at], table[torch.searchsorted(middles, blocks[at])])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nf4_does_not_hide_what_is_not_finite(bad: float):
+    weight = normal(2, 64)
+    weight[1, 5] = bad
+    found = q.quantise_nf4(weight)
+    assert not torch.isfinite(found[1]).all()
+    assert torch.equal(found[0], q.quantise_nf4(weight[:1])[0])
+
+
 def test_nf4_of_part_of_a_weight_is_that_part_of_nf4():
     weight = normal(48, 96)  # a row is one and a half blocks
     scales = q.double_quantised(q.block_absmax(weight))

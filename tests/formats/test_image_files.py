@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool.api import open_adapter
 from loratool.cli.main import main
-from loratool.errors import AmbiguityError, InputError, LoratoolError
+from loratool.errors import AmbiguityError, InputError, LoratoolError, MismatchError
 from loratool.tensors import inline_scalar
 
 FIXTURES = Path(__file__).parents[2] / "../shared/fixtures/invokeai"
@@ -236,13 +236,51 @@ def test_a_dry_run_says_what_will_be_refused_although_it_looks_at_no_numbers(wri
     told = loratool.convert(path, out, to="xlabs", arch="flux", dry_run=True).findings
     assert any("cannot hold 80 parts" in f.what and "--drop-unmapped" in f.hint for f in told)
     told = loratool.convert(path, out, to="xlabs", arch="flux", dry_run=True, drop_unmapped=True).findings
-    assert sum(f.where == "dropped" for f in told) == 80
+    assert sum(f.what.startswith("dropped") for f in told) == 80
     assert loratool.convert(path, out, to="diffusers", arch="flux", dry_run=True).findings == []
-    with pytest.raises(InputError, match=r"cannot hold 80 parts[\s\S]*and 68 more"):
+    with pytest.raises(InputError, match=r"cannot hold 80 parts[\s\S]*and 78 more"):
         loratool.convert(path, out, to="xlabs", arch="flux")
     told = loratool.convert(path, out, to="xlabs", arch="flux", drop_unmapped=True).findings
-    assert sum(f.where == "dropped" for f in told) == 80
+    assert sum(f.what.startswith("dropped") for f in told) == 80
     assert len(load_file(out)) == 2
+
+
+def test_modules_that_were_dropped_are_not_counted_as_converted(write, tmp_path):
+    tensors = pair("lora_unet_double_blocks_0_img_attn_proj") | pair("lora_unet_double_blocks_0_txt_attn_proj")
+    for n in range(20):
+        tensors |= pair(f"lora_unet_single_blocks_{n}_linear1", out=56)
+    out = tmp_path / "o.safetensors"
+    report = loratool.convert(write(tensors), out, to="xlabs", arch="flux", drop_unmapped=True)
+    assert report.totals["modules"] == len(report.rows) == len(load_file(out)) // 2 == 2
+    assert all("single" not in row["module"] for row in report.rows)
+    tensors = pair(Q) | {f"{Q}.diff_b": torch.ones(8)}  # the weight of the module stays, its bias goes
+    report = loratool.convert(
+        write(tensors), out, to="diffusers", arch="stable-diffusion", drop_unmapped=True, force=True
+    )
+    assert [row["module"].endswith("to_q") for row in report.rows] == [True]
+
+
+def test_many_findings_that_say_the_same_are_one_line(write, tmp_path, capsys):
+    tensors = pair("lora_unet_double_blocks_0_img_attn_proj")
+    for n in range(60):
+        tensors |= pair(f"lora_unet_nowhere_{n}_to_q") | {f"strange.{n}.thing": torch.ones(3)}
+    path, out = str(write(tensors)), str(tmp_path / "o.safetensors")
+    said = {}
+    for verb in (
+        ["inspect", path],
+        ["inspect", path, "-v"],
+        ["convert", path, "-o", out, "--to", "comfy"],
+        ["convert", path, "-o", out, "--to", "comfy", "--drop-unmapped"],
+    ):
+        with pytest.raises(SystemExit):
+            main([*verb, "--arch", "flux"])
+        said[" ".join([verb[0], verb[-1]])] = capsys.readouterr().err
+    lines = {verb: [n for n in text.splitlines() if "nowhere" in n or "strange" in n] for verb, text in said.items()}
+    assert {verb: len(each) for verb, each in lines.items()} == {
+        f"inspect {path}": 2, "inspect -v": 120, "convert comfy": 2, "convert --drop-unmapped": 2,
+    }  # fmt: skip
+    assert all("and 58 more" in line for verb in lines if verb != "inspect -v" for line in lines[verb])
+    assert "120 parts of this adapter cannot be used" in said["convert comfy"]
 
 
 def test_a_file_in_which_nothing_would_be_left_is_not_written(write, tmp_path):
@@ -363,6 +401,46 @@ def test_a_bias_that_is_missing_in_a_join_is_as_high_as_its_weight(write, tmp_pa
     loratool.convert(write(tensors), tmp_path / "o.safetensors", to="comfy", arch="flux")
     bias = load_file(tmp_path / "o.safetensors")["diffusion_model.single_blocks.0.linear1.diff_b"]
     assert bias.tolist() == [0.0] * 8 + [1.0] * 48
+
+
+@pytest.mark.parametrize("second", ["alpha.weight", "alpha.default", "alpha.default.weight"])
+def test_two_alphas_of_one_module_must_agree(second, write, tmp_path):
+    out = tmp_path / "o.safetensors"
+    path = write(pair(Q, alpha=torch.tensor(1.0)) | {f"{Q}.{second}": torch.tensor(3.0)})
+    with pytest.raises(MismatchError) as caught:
+        loratool.convert(path, out, to="comfy", arch="stable-diffusion")
+    assert f"{Q}.alpha" in str(caught.value)
+    assert f"{Q}.{second}" in str(caught.value)
+    assert not out.exists()
+    path = write(pair(Q, alpha=torch.tensor(3.0)) | {f"{Q}.{second}": torch.tensor(3.0)})
+    loratool.convert(path, out, to="comfy", arch="stable-diffusion")
+    assert [float(t) for n, t in load_file(out).items() if n.endswith("alpha")] == [3.0]
+
+
+FUSED = {  # family: a module, the rows of its parts, whether the bias alone shows them
+    "flux": ("single_blocks.{}.linear1", {"attn.to_q": 8, "attn.to_k": 8, "attn.to_v": 8, "proj_mlp": 32}, True),
+    "chroma": ("double_blocks.{}.img_attn.qkv", {"attn.to_q": 8, "attn.to_k": 8, "attn.to_v": 8}, True),
+    "lumina2": ("layers.{}.attention.qkv", {"attn.to_q": 8, "attn.to_k": 4, "attn.to_v": 4}, False),  # grouped heads
+}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside factors of another block"])
+@pytest.mark.parametrize("family", FUSED)
+def test_the_bias_alone_of_a_fused_weight_is_read_part_by_part(family, beside, write, tmp_path):
+    module, heights, shown = FUSED[family]
+    bias = torch.arange(sum(heights.values()), dtype=torch.float32)
+    name, other = (f"lora_unet_{module.format(n).replace('.', '_')}" for n in (0, 1))
+    path = write({f"{name}.diff_b": bias, **(pair(other, out=len(bias)) if beside else {})})
+    adapter = open_adapter(path, arch=family)
+    if not (shown or beside):
+        assert [f.level for f in adapter.findings if "rows" in f.what] == ["error"]
+        return
+    read = {t.parts[0]: ds[0].shape[0] for t, ds in adapter.require_sound().deltas.items() if len(t.parts) == 1}
+    assert {path.split(".0.")[1]: rows for path, rows in read.items()} == {f"{p}.bias": n for p, n in heights.items()}
+    loratool.convert(path, tmp_path / "comfy.safetensors", to="comfy", arch=family)
+    assert torch.equal(load_file(tmp_path / "comfy.safetensors")[f"diffusion_model.{module.format(0)}.diff_b"], bias)
+    loratool.convert(tmp_path / "comfy.safetensors", tmp_path / "again.safetensors", to="kohya", arch=family)
+    assert torch.equal(load_file(tmp_path / "again.safetensors")[f"{name}.diff_b"], bias)
 
 
 @pytest.mark.parametrize("part", ["lora_B.bias", "diff", "lora_magnitude_vector.weight"])

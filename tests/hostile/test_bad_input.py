@@ -558,6 +558,19 @@ def test_a_file_that_is_no_adapter_is_said_to_be_none(tmp_path: Path, base: str,
     refused(INPUT, "inspect", "x.gguf", says=("x.gguf", "not a safetensors file"), hint=False)
 
 
+def test_a_pipeline_or_a_model_given_as_an_adapter_is_told_what_makes_one(
+    tmp_path: Path, base: str, refused: Refused
+) -> None:
+    (tmp_path / "pipeline/unet").mkdir(parents=True)
+    write_json(tmp_path / "pipeline/model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]})
+    write_json(tmp_path / "pipeline/unet/config.json", {"_class_name": "UNet2DConditionModel"})
+    save_file({"conv_in.weight": torch.ones(4, 4, 3, 3)}, tmp_path / "pipeline/unet/model.safetensors")
+    for model in ("pipeline", "base"):
+        says = ("this is a model", f"loratool extract {model} --base BASE")
+        refused(INPUT, "convert", model, "-o", "new.safetensors", "--to", "kohya", says=says)
+        refused(INPUT, "resize", model, "-o", "new.safetensors", "--rank", 2, says=says)
+
+
 @pytest.mark.parametrize("alpha", [math.nan, math.inf])
 def test_a_kohya_alpha_that_is_no_strength_is_refused(
     tmp_path: Path, base: str, refused: Refused, alpha: float

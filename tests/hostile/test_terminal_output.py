@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -177,3 +179,31 @@ def test_cleaned_text_has_no_control_character_and_keeps_the_rest(text: str) -> 
     assert "\n" not in cleaned
     if not forbidden(text) and "\n" not in text and len(text) < 500:
         assert cleaned == text
+
+
+def test_a_narrow_terminal_shows_numbers_beside_fused_weights(run: Run, tmp_path: Path) -> None:
+    """A file of Flux, whose modules have long names: no line is longer than the terminal, and no column gets lost."""
+    shapes = {"double_blocks_{}_img_attn_qkv": 3, "single_blocks_{}_linear1": 7, "double_blocks_{}_txt_mlp_0": 4}
+    tensors = {}
+    for name, rows in shapes.items():
+        for n in range(3):
+            tensors[f"lora_unet_{name.format(n)}.lora_down.weight"] = torch.ones(2, 8)
+            tensors[f"lora_unet_{name.format(n)}.lora_up.weight"] = torch.ones(8 * rows, 2)
+    save_file(tensors, tmp_path / "flux.safetensors")
+    command = [sys.executable, "-m", "loratool", "inspect", "flux.safetensors", "--arch", "flux"]
+    master, terminal = pty.openpty()
+    settings = {**environment(), "COLUMNS": "80", "LINES": "24"}
+    done = subprocess.Popen(command, cwd=tmp_path, stdin=terminal, stdout=terminal, stderr=terminal, env=settings)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal is gone when the program is
+        while piece := os.read(master, 65536):
+            shown += piece
+    os.close(master)
+    assert done.wait(60) == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
+    assert max(map(len, lines)) <= 80
+    head = next(line for line in lines if "module" in line)
+    assert {"module", "count", "rank", "alpha"} <= set(head.split())
+    parts = next(n for n, line in enumerate(lines) if line.strip() == "(attn.to_q|attn.to_k|attn.to_v|proj_mlp)")
+    assert lines[parts - 1].split() == ["transformer:single_transformer_blocks.*.", "3", "2", "2"]

@@ -15,7 +15,7 @@ from tiny_files import environment, run_main, snapshot, write_adapter, write_bas
 
 import loratool
 from loratool import Publishing
-from loratool.errors import HubError, LoratoolError
+from loratool.errors import HubError, LoratoolError, UsageError
 from loratool.storage import location
 from loratool.testing.hub import READ_TOKEN, Hub
 
@@ -195,9 +195,24 @@ def test_without_a_token_nothing_is_sent(hub: Hub, base, adapter, monkeypatch):
     with pytest.raises(HubError) as caught:
         loratool.push(adapter, to="me/adapter")
     assert "HF_TOKEN" in caught.value.hint
+    assert "without a token" in caught.value.what
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     with pytest.raises(HubError, match="refuses"):
         loratool.push(adapter, to="me/adapter")
+
+
+def test_the_repository_comes_last(hub: Hub, adapter):
+    with pytest.raises(UsageError) as caught:
+        loratool.push("me/adapter", to=str(adapter))
+    assert caught.value.hint == f"loratool push {adapter} me/adapter"
+
+
+def test_a_proposal_is_not_said_to_be_written(hub: Hub, adapter, tmp_path, capsys):
+    hub.create("org/adapter")
+    assert run_main("push", adapter, "org/adapter", "--create-pr") == 0
+    said = capsys.readouterr().out
+    assert "proposed to" in said
+    assert "wrote" not in said
 
 
 def test_what_is_no_adapter_and_no_model_is_not_sent(hub: Hub, tmp_path):
@@ -506,18 +521,19 @@ def test_a_token_in_an_address_is_refused_and_not_repeated(hub: Hub):
     assert CANARY not in f"{caught.value} {caught.value.hint}"
 
 
-def test_a_password_in_the_address_of_the_hub_is_in_no_message(hub: Hub, monkeypatch, tmp_path):
+def test_a_password_in_the_address_of_the_hub_is_in_no_message(hub: Hub, monkeypatch, tmp_path, caplog):
     from loratool.storage.hub import own_folder
     from loratool.storage.hub_names import HubName
 
     told: list[str] = []
     monkeypatch.setattr(location, "announce", lambda source, text: told.append(text))
     monkeypatch.setenv("HF_ENDPOINT", f"http://joe:{CANARY}@127.0.0.1:9")
-    monkeypatch.setattr("loratool.storage.hub._RETRIES", 0)
+    monkeypatch.setattr("loratool.storage.hub._RETRIES", 1)
     with pytest.raises(HubError, match=r"127\.0\.0\.1:9 failed") as caught:
         loratool.inspect("me/adapter")
     monkeypatch.setenv("HF_ENDPOINT", f"http://joe:{CANARY}@mirror.example")
     location.warn_of_open_endpoint()
     assert "http://mirror.example is not https" in told[0]
-    for text in (str(caught.value), caught.value.hint, *told, str(own_folder(HubName("me/adapter")))):
+    assert "Retrying" in caplog.text  # huggingface_hub's own log says where it tries again
+    for text in (str(caught.value), caught.value.hint, *told, str(own_folder(HubName("me/adapter"))), caplog.text):
         assert CANARY not in text

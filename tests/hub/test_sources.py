@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from tiny_files import DOWN1, Q0, factors, tensors_of_llama, write_adapter, write_base, write_sharded
 
 import loratool
@@ -297,3 +297,28 @@ def test_a_repository_without_an_adapter(hub: Hub):
 def test_names_that_leave_the_folder_are_refused(hub: Hub, name):
     hub.create("me/odd", {name: b"x"})
     assert "called" in str(failure("me/odd"))
+
+
+def test_offline_a_pipeline_of_which_a_part_was_fetched_is_not_merged(hub: Hub, tmp_path, monkeypatch):
+    """A UNet that was fetched for an inspection must not become the whole pipeline without a VAE."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    unet = {"conv_in.weight": torch.ones(4, 4, 3, 3)}
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None]}
+    files = {"model_index.json": json.dumps(index), "unet/config.json": '{"_class_name": "UNet2DConditionModel"}'}
+    weights = {f"{name}/diffusion_pytorch_model.safetensors": save(unet) for name in ("unet", "vae")}
+    hub.create("org/pipeline", {**files, **weights, "vae/config.json": "{}"})
+    huggingface_hub.snapshot_download("org/pipeline", allow_patterns=["*.json", "unet/*"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(loratool.LoratoolError, match="no weights in vae/") as caught:
+        loratool.merge("org/pipeline", [write_adapter(tmp_path / "adapter")], tmp_path / "out")
+    assert "HF_HUB_OFFLINE" in caught.value.hint
+    location.forget()
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    huggingface_hub.snapshot_download("org/pipeline")
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    with pytest.raises(loratool.LoratoolError) as caught:  # now it is whole, and the adapter is for another model
+        loratool.merge("org/pipeline", [tmp_path / "adapter"], tmp_path / "out")
+    assert "vae" not in str(caught.value)

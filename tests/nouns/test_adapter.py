@@ -90,5 +90,22 @@ def test_targets_are_in_natural_order():
 def test_errors_stop_and_warnings_do_not():
     an_adapter(findings=(Finding("warning", "a", "b"),)).require_sound()
     errors = tuple(Finding("error", f"module.{n}", "is broken") for n in range(30))
-    with pytest.raises(MismatchError, match=r"30 parts.*\n(.*\n)*.*module\.0: is broken"):
+    with pytest.raises(MismatchError, match=r"30 parts.*\n(.*\n)*.*module\.0, module\.1 and 28 more: is broken"):
         an_adapter(findings=errors).require_sound()
+
+
+element = st.sampled_from(["blocks", "3", "attn", "to_q", "mlp", "0"])
+
+
+@given(st.lists(st.lists(element, min_size=1, max_size=4).map(".".join), min_size=1, max_size=4, unique=True))
+def test_a_path_of_several_parts_names_each_whole(parts):
+    path = Target("", tuple(f"first.{part}" for part in parts)).path
+    before, choice, after = path.partition("(")
+    read = [before + part for part in after.rstrip(")").split("|")] if choice else [path]
+    assert read == [f"first.{part}" for part in parts]
+
+
+def test_the_path_of_a_fused_weight_selects_its_parts_and_no_others():
+    parts = ("b.3.attn.to_q", "b.3.attn.to_k", "b.3.mlp")
+    adapter = an_adapter(deltas={Target("", (p,)): (low_rank(name=p),) for p in (*parts, "b.3.attn.to_v", "b.4.mlp")})
+    assert {t.parts[0] for t in adapter.selected([Target("", parts).path]).deltas} == set(parts)

@@ -26,7 +26,9 @@ def test_joined_parts_come_out_at_the_rank_that_was_asked_for(rank, tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     out = tmp_path / "out.safetensors"
     arguments = {"to": "comfy", "arch": "flux", "rank": rank}
-    assert loratool.convert(tmp_path / "a.safetensors", out, **arguments, dry_run=True).dry_run
+    preview = loratool.convert(tmp_path / "a.safetensors", out, **arguments, dry_run=True)
+    assert preview.dry_run
+    assert any("error" in f.what and "after the run" in f.what for f in preview.findings)
     assert not out.exists()
     report = loratool.convert(tmp_path / "a.safetensors", out, **arguments)
     written = load_file(out)

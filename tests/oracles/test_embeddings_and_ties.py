@@ -116,7 +116,7 @@ def test_an_adapter_for_another_base_of_the_same_shapes_is_merged_with_a_warning
         assert any(named in f.what for f in report.findings) is warned
 
 
-@pytest.mark.parametrize("adapters", ["adapter", {"adapter": 0.5}], ids=["a string", "a dict"])
+@pytest.mark.parametrize("adapters", [7, {"adapter": 0.5}], ids=["a number", "a dict"])
 def test_merge_takes_a_list_of_adapters_and_nothing_that_looks_like_one(tmp_path, adapters):
     with pytest.raises(LoratoolError, match="list of paths"):
         loratool.merge("base", adapters, tmp_path / "out")

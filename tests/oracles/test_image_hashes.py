@@ -64,6 +64,16 @@ def test_a_converted_file_has_the_hashes_of_the_tools(to, style, tmp_path):
     assert metadata["ss_output_name"] == opened(style)[1]["ss_output_name"]
 
 
+@pytest.mark.parametrize("to", STYLES)
+def test_a_file_without_hashes_gets_none(to, style, tmp_path):
+    tensors, metadata = opened(style)
+    save_file(tensors, tmp_path / "plain.safetensors", {n: v for n, v in metadata.items() if n not in hashes(metadata)})
+    loratool.convert(tmp_path / "plain.safetensors", tmp_path / "new.safetensors", to=to)
+    assert not hashes(opened(tmp_path / "new.safetensors")[1])
+    loratool.combine([style, tmp_path / "plain.safetensors"], tmp_path / "both.safetensors")  # one of them had some
+    assert hashes(opened(tmp_path / "both.safetensors")[1]) == tools_hashes(*opened(tmp_path / "both.safetensors"))
+
+
 def test_files_whose_ranks_are_known_late_have_them_too(style, tmp_path):
     loratool.resize(style, tmp_path / "small.safetensors", rank=5)
     loratool.combine([style, tmp_path / "small.safetensors"], tmp_path / "both.safetensors")

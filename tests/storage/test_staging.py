@@ -224,7 +224,7 @@ def test_what_is_left_after_publishing_is_not_resumed(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(target, "publish", exchange_and_die)
-        patch.setattr(Staging, "_leave", lambda stage: os.close(stage._lock))
+        patch.setattr(Staging, "_leave", lambda stage, **how: os.close(stage._lock))
         with pytest.raises(Killed):
             write_folder(out, -VALUES, force=True)
     assert torch.equal(load_file(out / "model.safetensors")["a"], -VALUES)
