@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loratool.live import from_factors, from_peft, to_peft
     from loratool.publishing import pull, push
     from loratool.settings import Publishing
-    from loratool.storage.location import streaming
+    from loratool.storage.remote import streaming
 
 __all__ = [
     "Adapter",
@@ -94,7 +94,7 @@ _LAZY = {
     **dict.fromkeys(("from_factors", "from_peft", "to_peft"), "loratool.live"),
     **dict.fromkeys(("pull", "push"), "loratool.publishing"),
     "Publishing": "loratool.settings",
-    "streaming": "loratool.storage.location",
+    "streaming": "loratool.storage.remote",
 }
 
 

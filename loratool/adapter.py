@@ -127,6 +127,7 @@ class Adapter:
 
     `replication`: the layer of the base that each layer of the adapted model repeats, where they are not the same.
     `changed_base`: how the base was changed before training (PiSSA ...); the deltas are relative to that changed base.
+    `residual`: where that base is, if `init` wrote it.
     `shares_ties`: what it does to one of two tied weights it does to both. `head_class`: the ending of the transformers
     class whose head it brings, ForSequenceClassification.
     """
@@ -146,6 +147,7 @@ class Adapter:
     findings: tuple[Finding, ...] = ()
     replication: tuple[int, ...] = ()
     changed_base: str = ""
+    residual: str = ""
     shares_ties: bool = False
     head_class: str = ""
 
@@ -189,6 +191,8 @@ class Adapter:
         if self.changed_base:
             what = f"{self.changed_base} changed the base model before training; this adapter fits that base only"
             hint = "--init-adapter FOLDER: the adapter as it was saved before training, or the folder `initial` of init"
+            if self.residual:
+                hint = f"merge it into {self.residual}, without --init-adapter; for the original base {hint}"
             errors.append(Finding("error", "init_lora_weights", what, hint))
         if errors:
             shown, more = gathered(errors)

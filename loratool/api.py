@@ -18,7 +18,7 @@ from loratool.detection import by_names_of
 from loratool.engine import EVERYTHING
 from loratool.errors import LoratoolError, MismatchError, UsageError
 from loratool.opening import (
-    applied,
+    applied_to_base,
     applied_together,
     architecture_of,
     family_of,
@@ -128,7 +128,7 @@ def merge(
     opened = checkpoint.open_base(str(base), allow_pickle=reading.get("allow_pickle", False))
     architecture, notes = family_of(opened, reading.pop("arch", ""), running)
     common = Applied("", 1.0, scales or {}, globs(target), globs(exclude), init_adapter)
-    weighted = applied(adapters, weights, common, architecture, {**reading, "base": str(base)})
+    weighted, of_base = applied_to_base(adapters, weights, common, architecture, {**reading, "base": str(base)})
     try:
         plan = operation.plan(
             opened,
@@ -142,7 +142,7 @@ def merge(
         )
     except MismatchError as problem:
         raise by_names_of([w.adapter for w in weighted], problem, opened, architecture, plugins_of(running)) from None
-    plan.preview.findings += notes
+    plan.preview.findings += [*of_base, *notes]
     given = [a.path if isinstance(a, Applied) else a for a in adapters]
     paths = [path_of(a) for a in given]
     plan.preview.sources |= {"base": str(base), **{f"adapter {n + 1}": str(p) for n, p in enumerate(paths)}}

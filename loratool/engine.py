@@ -42,7 +42,7 @@ from loratool.plan import (
     batches,
     work,
 )
-from loratool.storage import finite, location
+from loratool.storage import finite, remote
 from loratool.storage.writer import Staging
 from loratool.tensors import Span, TensorRef
 
@@ -53,6 +53,7 @@ Progress = Callable[[int, int], None]
 #: Of every input, by path: size, time of change, inode.
 Inputs = Mapping[str, tuple[int, int, int]]
 Batch: TypeAlias = tuple[Unit, ...]
+_OF_A_COMMIT = (0, 0)  # what is left on the Hub cannot change, though others may bring it here meanwhile
 _SHORT = "short_of_memory"  # in the facts of a unit: what was done about it
 
 
@@ -328,11 +329,14 @@ def inputs_of(units: Iterable[Unit], files: Iterable[OutFile] = (), later: Itera
     refs += [ref for file in files if isinstance(file, TensorFile) for ref in file.tensors]
     paths = {piece.path for ref in refs for piece in ref.pieces if isinstance(piece, Span)}
     paths |= {file.source for file in files if isinstance(file, CopiedFile)}
-    location.fetch(paths)
+    remote.fetch(paths)
     return {path: _look(path) for path in paths}
 
 
 def _look(path: str) -> tuple[int, int, int]:
+    left = remote.ranges(path)
+    if left is not None:
+        return left.size, *_OF_A_COMMIT
     try:
         status = Path(path).stat()
     except OSError as error:
@@ -343,5 +347,5 @@ def _look(path: str) -> tuple[int, int, int]:
 def _check_unchanged(inputs: Inputs) -> None:
     """Refuse what was made of an input that changed meanwhile: part of it may be old and part of it new."""
     for path, before in inputs.items():
-        if _look(path) != before:
+        if before[1:] != _OF_A_COMMIT and _look(path) != before:
             raise StorageError("this input was changed while it was being used", where=path, hint="run it again")

@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
-from loratool.adapter import Adapter, Weighted
+from loratool.adapter import Adapter, Finding, Weighted
 from loratool.architecture import Architecture
 from loratool.engine import EVERYTHING
-from loratool.errors import UsageError
+from loratool.errors import LoratoolError, UsageError
 from loratool.hookspecs import Format
 from loratool.opening import family_of, globs, open_adapter, plugins_of
-from loratool.operations.init import CHANGING, INITIAL, INITS, Start
-from loratool.operations.initial import RESIDUAL_OF
+from loratool.operations.card import residual_card
+from loratool.operations.init import INITIAL, INITS, Start
+from loratool.operations.residual import CHANGING, Residual, residual_in
 from loratool.operations.survey import PRESETS
 from loratool.operations.trainable import Wish
 from loratool.plan import Facts, Plan, Report, Settled, Spooled
@@ -84,7 +85,7 @@ def init(
     start = Start(init, seed, dtype, str(Path(residual).resolve()) if residual else "", memory, loftq_iterations)
     format = plugins_of(running).format("peft")
     plan, adapter = operation.plan(opened, architecture, wish, start, format)
-    plan.preview.findings += notes
+    plan.preview.findings += [*notes, *_of_residual(str(base))]
     plan.preview.sources |= {"base": str(base), **({"like": str(like)} if like else {})}
     inputs = [base, *([like] if like else [])]
     if not residual:
@@ -115,7 +116,8 @@ def _check(init: str, preset: str, out: str, residual: str) -> None:
         )
     one, two = Path(out).resolve(), Path(residual).resolve()
     if residual and (one == two or one.is_relative_to(two) or two.is_relative_to(one)):
-        raise UsageError("--residual and -o must be two folders, neither in the other", where=residual)
+        hint = f"-o {out} --residual {out.rstrip('/')}-base"
+        raise UsageError("--residual and -o must be two folders, neither in the other", where=residual, hint=hint)
 
 
 def _check_iterations(init: str, iterations: int) -> None:
@@ -132,6 +134,15 @@ def _opened_like(
     """Open the adapter whose modules are taken; what it did to its base does not matter here."""
     opened = open_adapter(like, arch=architecture, allow_pickle=allow_pickle, plugins=plugins_of(running))
     return replace(opened, changed_base="").require_sound()
+
+
+def _of_residual(base: str) -> list[Finding]:
+    """Warn where a new adapter is for the rest of a base that another one starts from."""
+    found = residual_in(base)
+    if found is None:
+        return []
+    what = f"{base} is {found}: a new adapter does without the part of the weights that {found.adapter} starts from"
+    return [Finding("warning", base, what, f"loratool init {found.of}, unless that is meant")]
 
 
 class _Residual(NamedTuple):
@@ -160,9 +171,22 @@ class _Residual(NamedTuple):
         made = operation.plan(
             self.base, self.architecture, terms, out_name=self.out.name, as_nf4=loftq, allow_noop=loftq
         )
-        made.preview.totals |= {RESIDUAL_OF: self.base.path, "initial": str(initial), "init": self.start.init}
+        residual = Residual.new(self.start.init, self.base.path, self.of)
+        made.preview.totals |= {"residual_of": self.base.path, "initial": str(initial), "init": self.start.init}
         made.preview.sources["base"] = self.called
-        return made
+        if made.single_file:
+            return made
+        beside = (residual.file, residual_card(self.base, residual))
+        made.preview.files = list(dict.fromkeys([*made.preview.files, *(file.name for file in beside)]))
+        names = [file.name for file in beside]
+        return replace(made, files=(*(file for file in made.files if file.name not in names), *beside))
+
+    @property
+    def next_step(self) -> Finding:
+        """What to do with the two outputs."""
+        what = f"train on {self.out}, which the adapter names; {self.of / INITIAL} is kept for the way back"
+        back = f"loratool merge {self.called} TRAINED --init-adapter {self.of / INITIAL}"
+        return Finding("info", str(self.out), what, f"then loratool merge {self.out} TRAINED; or {back}")
 
 
 def _with_residual(plan: Plan, less: _Residual, inputs: Sequence[StrPath], running: Running) -> Report:
@@ -173,7 +197,11 @@ def _with_residual(plan: Plan, less: _Residual, inputs: Sequence[StrPath], runni
     first = less.plan()  # every mismatch is found before anything is written
     locally = [str(path) for path in inputs if Path(path).exists()]
     names = [file.name for file in first.files]
-    check_target(less.out, locally, single_file=first.single_file, force=running.get("force", False), names=names)
+    try:
+        check_target(less.out, locally, single_file=first.single_file, force=running.get("force", False), names=names)
+    except LoratoolError as problem:
+        problem.hint = problem.hint.replace("another -o", "another --residual")
+        raise
     plan.preview.totals["residual"] = str(less.out)
     before, is_written = _identity(less.of), False
 
@@ -185,6 +213,7 @@ def _with_residual(plan: Plan, less: _Residual, inputs: Sequence[StrPath], runni
         if less.start.init == "pissa":
             report.totals["residual_rounding"] = done.totals["rounding"]
         report.findings += [f for f in done.findings if f not in report.findings and f.level != "info"]
+        report.findings.append(less.next_step)
         return settled
 
     try:

@@ -16,7 +16,8 @@ from loratool.adapter import Weighted
 from loratool.discovery import shapes_from_config
 from loratool.errors import LoratoolError
 from loratool.storage import checkpoint
-from loratool.storage.location import is_here, place
+from loratool.storage.location import place
+from loratool.storage.remote import is_here
 
 TOKENS = 16
 TOLERANCE = 0.1  # of the spread: two roundings to bfloat16 of a whole model stay well below

@@ -14,12 +14,13 @@ from loratool.architecture import Architecture
 from loratool.deltas import LowRank
 from loratool.detection import as_model, of_config, read_as, recognise
 from loratool.detection import family_of as detected
-from loratool.errors import FormatError, HubError, LoratoolError, MismatchError, UsageError
+from loratool.errors import FormatError, HubError, InputError, LoratoolError, MismatchError, UsageError
 from loratool.formats.metadata import DIGESTS
 from loratool.hookspecs import Format
 from loratool.operations import complete
-from loratool.operations.initial import of_residual, without_initial
+from loratool.operations.initial import without_initial
 from loratool.operations.refinement import selected_together
+from loratool.operations.residual import into_residual, of_residual, refuse_start, residual_in
 from loratool.plugins import Plugins, installed
 from loratool.settings import Applied, StrPath
 from loratool.storage import checkpoint, digests
@@ -195,6 +196,23 @@ def _applied(
     return weighted
 
 
+def applied_to_base(
+    given: Sequence[StrPath | Adapter | Applied],
+    weights: Sequence[float],
+    common: Applied,
+    architecture: Architecture,
+    reading: Mapping[str, Any],
+) -> tuple[list[Weighted], list[Finding]]:
+    """Open adapters for a merge into a base, which `reading` names, and say what is wrong where it is a residual."""
+    base = str(reading["base"])
+    for one in given if residual_in(base) else ():
+        own = one if isinstance(one, Applied) else Applied(one)
+        if own.init_adapter or common.init_adapter:
+            refuse_start(base, _opened(own.path, architecture, reading))
+    opened = applied(given, weights, common, architecture, reading)
+    return opened, into_residual(base, opened)
+
+
 def several(given: StrPath | Adapter | Applied | Sequence[StrPath | Adapter | Applied]) -> list[Any]:
     """Return a list of adapters, of which one alone may have been given without the list."""
     if isinstance(given, (str, PathLike, Adapter, Applied)):
@@ -254,7 +272,8 @@ def path_of(given: StrPath | Adapter) -> StrPath:
 def _opened(given: StrPath | Adapter, architecture: Architecture | None, reading: Mapping[str, Any]) -> Adapter:
     """Open an adapter as one for this family, if one is known, and if it is not open already."""
     if isinstance(given, Adapter):
-        return read_as(given, architecture, plugins_of(reading)) if architecture else given
+        again = read_as(given, architecture, plugins_of(reading)) if architecture else given
+        return of_residual(again, str(reading.get("base") or ""))
     return open_adapter(given, **reading) if architecture is None else open_adapter(given, arch=architecture, **reading)
 
 
@@ -312,7 +331,8 @@ def family_of(base: checkpoint.Checkpoint, arch: str, running: Mapping[str, Any]
     """Return the family of a base, and what to say about how it was found."""
     plugins = plugins_of(running)
     if any(f.detect(base) for f in plugins.formats()):
-        raise UsageError("this is an adapter, and a model is needed here", where=base.path)
+        hint = f"loratool inspect {base.path} describes it; its base comes first here"
+        raise InputError("this is an adapter, and a model is needed here", where=base.path, hint=hint)
     family = recognise(base, plugins, arch)
     return family.architecture, [*family.findings, *unread(base)]
 

@@ -92,11 +92,19 @@ def choices(pattern: str) -> list[list[str]]:
 def _elements(text: str, pattern: str) -> tuple[str, ...]:
     elements = split(text)
     if not all(_ELEMENT.fullmatch(e) for e in elements) or "**" in elements[:-1]:
-        raise UsageError(
-            f"the pattern {pattern!r} is malformed",
-            hint="elements are names, {i}, *, or ** at the end; choices are (a|b) and do not nest",
-        )
+        raise UsageError(f"the pattern {pattern!r} is malformed", hint=_instead(pattern))
     return elements
+
+
+def _instead(pattern: str) -> str:
+    """Return what to write instead of a malformed pattern."""
+    if "," in pattern:
+        each = " ".join(f"--target {part.strip()}" for part in pattern.split(",") if part.strip())
+        return f"repeat the option, as in {each}"
+    return (
+        "a pattern is names and numbers with dots between them, {0-5} for a range, * for any one element, (a|b) for a "
+        "choice, ** at the end for all below: layers.{0-5}.mlp.**; more: docs/init.md, Patterns"
+    )
 
 
 def _match(elements: tuple[str, ...], path: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -81,11 +81,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _announcing(arguments: list[str]) -> Callable[[str, str], None]:
-    """Return what says how sources were understood: what is on the Hub, and of local paths those that were typed."""
+    """Return what says how sources were understood: what is on the Hub; typed local paths, without --quiet."""
 
     def say(source: str, text: str) -> None:
         typed = any(word == source or word.startswith(f"{source}:") for word in arguments)
-        if typed or not Path(source).exists():
+        quiet = getattr(click.get_current_context(silent=True), "params", {}).get("quiet")
+        if (typed and not quiet) or not Path(source).exists():
             render.note(text)
 
     return say

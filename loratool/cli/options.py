@@ -84,9 +84,9 @@ token_file = click.option(
 
 def _stream(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
     if asked:
-        from loratool.storage import location
+        from loratool.storage import remote
 
-        context.with_resource(location.streaming())
+        context.with_resource(remote.streaming())
 
 
 stream = click.option(
@@ -271,7 +271,17 @@ memory = click.option(
 )
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 _report = click.option("--report", metavar="FILE", help="Write the report there too, as JSON.")
-_quiet = click.option("-q", "--quiet", is_flag=True, help="No table, no progress.")
+
+
+def _without_bars(context: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
+    if quiet:
+        from loratool.storage import hub
+
+        context.with_resource(hub.without_bars())
+    return quiet
+
+
+_quiet = click.option("-q", "--quiet", is_flag=True, callback=_without_bars, help="No table, no progress.")
 _verbose = click.option("-v", "--verbose", is_flag=True, help="Every module and finding, not the first few.")
 _debug = click.option("--debug", is_flag=True, help="Tracebacks.")
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,8 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _SHOWN_ROWS = 12
 _USUAL = {"kind": "lora"}  # a column of nothing else says nothing
 _DISPENSABLE = (
-    "parts", "group", "shape", "down", "up", "norms", "role", "alpha", "ranks", "rank_before", "unchanged", "count",
-    "bytes", "spectrum",
+    "parts", "group", "shape", "parameters", "of", "down", "up", "norms", "role", "alpha", "ranks", "rank_before",
+    "unchanged", "count", "bytes", "spectrum",
 )  # fmt: skip
 _DETAILS = ("shares", "column_angles", "row_angles", "pairs")  # only in --json
 _UNSHOWN = ("sigma", "tensor", "scaling", "dtype", *_DETAILS)  # in the totals, or only in --json
@@ -216,8 +217,8 @@ def findings(found: Sequence[Finding], *, every: bool = False) -> None:
 def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None) -> None:
     """Print rows of equal meaning as a table, at most `limit` of them.
 
-    A number is never cut and a name never broken: where the terminal is too narrow whole columns are left out, the
-    dispensable first, and named below.
+    A number is never cut and a name never broken: where the terminal is too narrow whole columns are left out, those of
+    one word first, then the dispensable, and named below, with what is in all of their rows.
     """
     if not rows:
         return
@@ -229,20 +230,28 @@ def table(console: Console, rows: list[dict[str, Any]], limit: int | None = None
     left_out: list[str] = []
     wide = console.options.update(width=10_000)
     grid = _grid(names, rows[:limit])
-    for name in ("", *_DISPENSABLE, *reversed(names[1:])):
+    alike = _alike(rows, names[1:])
+    words = [name for name in alike if isinstance(rows[0].get(name), str)]
+    for name in ("", *words, *_DISPENSABLE, *reversed(names[1:])):
         if console.measure(grid, options=wide).maximum <= console.width or len(names) == 1:
             break
         if name in names:
             names.remove(name)
-            left_out.append(_spaced(name))
+            left_out.append(f'"{_spaced(name)}"' + (f" ({alike[name]} in all)" if name in alike else ""))
         grid = _grid(names, rows[:limit], narrow=True)
     console.print(grid)
     if left_out:
-        console.print(f"too narrow for: {', '.join(left_out)}", style="dim")
+        console.print(textwrap.fill(f"too narrow for: {', '.join(left_out)}", console.width), style="dim")
     if limit is not None and len(rows) > limit:
         console.print(f"... and {len(rows) - limit} more (-v shows them all)", style="dim")
     if left_out or (limit is not None and len(rows) > limit):
         console.print()
+
+
+def _alike(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, str]:
+    """Return the columns of several rows that have one short value in all of them, and that value."""
+    found = {name: {_value(name, row.get(name)) for row in rows} for name in names} if len(rows) > 1 else {}
+    return {name: next(iter(values)) for name, values in found.items() if len(values) == 1 and len(*values) <= 24}
 
 
 def _in_two_lines(module: str) -> str:

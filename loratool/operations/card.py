@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from loratool.adapter import Adapter, Weighted
 from loratool.deltas import Dora
-from loratool.operations.cardfile import listed, updated
+from loratool.errors import LoratoolError
+from loratool.operations.cardfile import fields_of, listed, updated
+from loratool.operations.residual import Residual
 from loratool.plan import TextFile
 from loratool.storage.checkpoint import Checkpoint
 
@@ -42,8 +45,7 @@ def card(base: Checkpoint, adapters: Sequence[Weighted], merged_into: str, dtype
 
     `merged_into` says what the base was when the deltas were added: decoded, or as trained.
     """
-    named = [base.path, str((base.config or {}).get("_name_or_path") or ""), *(a.adapter.base_model for a in adapters)]
-    hub = next((_repo(name) for name in named if _is_hub(name)), "")
+    hub = _hub_name(base, [a.adapter.base_model for a in adapters])
     lines = [f"Base: `{called(base.path if _is_hub(base.path) else hub or base.path)}`"]
     lines[0] += f", {merged_into}" if merged_into else ""
     for one in adapters:
@@ -54,7 +56,43 @@ def card(base: Checkpoint, adapters: Sequence[Weighted], merged_into: str, dtype
     sources = [_repo(a.adapter.origin.path) for a in adapters if _is_hub(a.adapter.origin.path)]
     fields: dict[str, object] = {"base_model": [hub, *sources] if hub and sources else hub}
     fields |= {"base_model_relation": "merge" if hub else "", "tags": ["lora", "merged", "loratool"]}
-    return TextFile("README.md", updated("", {**of_model(base), **fields}, listed(lines), "Merged model"))
+    fields = {**of_model(base), **_licence_beside(base), **fields}
+    return TextFile("README.md", updated("", fields, listed(lines), "Merged model"))
+
+
+def residual_card(base: Checkpoint, residual: Residual) -> TextFile:
+    """Return README.md of what a start left of a base: what it is, and which adapters it is for."""
+    hub, name = _hub_name(base, []), _plain(str(residual))
+    rest = ", and rounded to what nf4 holds" if residual.init == "loftq" else ""
+    lines = [
+        f"Base: `{called(base.path)}`, less what the adapter `{_plain(residual.adapter)}` starts from{rest}",
+        "It is no model by itself: train on it, and merge into it, adapters that started there, at weight 1.",
+        f"Adapters of {called(base.path)} itself do not fit it.",
+    ]
+    fields: dict[str, object] = {"base_model": hub, "tags": ["lora", "loratool"]}
+    fields = {**of_model(base), **_licence_beside(base), **fields}
+    return TextFile("README.md", updated("", fields, listed(lines), name[:1].upper() + name[1:]))
+
+
+def _hub_name(base: Checkpoint, of_adapters: Sequence[str]) -> str:
+    """Return what the Hub calls a base: as it was given, or as the adapters name it.
+
+    `_name_or_path` in a config is what the model's author began with, as often as what the model is called: it counts
+    where its last name is the folder's.
+    """
+    told = str((base.config or {}).get("_name_or_path") or "")
+    own = [told] if Path(told).name == Path(base.path).name else []
+    return next((_repo(name) for name in (base.path, *of_adapters, *own) if _is_hub(name)), "")
+
+
+def _licence_beside(base: Checkpoint) -> dict[str, object]:
+    """Return the licence that the card beside a local base says; on the Hub, push looks it up."""
+    path = Path(base.folder, "README.md")
+    if not base.folder or not path.is_file():
+        return {}
+    with suppress(LoratoolError, OSError, UnicodeDecodeError):  # somebody else's card
+        return licence(fields_of(path.read_bytes().decode("utf-8")))
+    return {}
 
 
 def of_model(model: Checkpoint) -> dict[str, object]:

@@ -11,6 +11,7 @@ from loratool.adapter import Adapter, Finding
 from loratool.deltas import Tokens
 from loratool.errors import MismatchError
 from loratool.operations.rebuilt import edited
+from loratool.operations.residual import MARK
 from loratool.plan import CopiedFile, JsonFile, OutFile, TensorFile
 from loratool.storage import pipeline
 from loratool.storage.checkpoint import Checkpoint, companions, is_inside, left_behind, tokenizer_files
@@ -32,7 +33,7 @@ def companion_files(
         return _of_pipeline(base, weights, dtype, changes, decoded=decoded)
     files: dict[str, OutFile] = {}
     findings: list[Finding] = []
-    for name in companions(base.folder):
+    for name in (n for n in companions(base.folder) if n != MARK):  # what is merged is no residual any more
         if is_inside(Path(base.folder, name), Path(base.folder)):
             files[name] = CopiedFile(name, f"{base.folder}/{name}")
         else:
@@ -47,7 +48,7 @@ def companion_files(
     index = _index(base, weights)
     if index:
         files[index.name] = index
-    taken = {*files, *base.files, *(file.name for file in weights)} | {f.where for f in findings}
+    taken = {MARK, *files, *base.files, *(file.name for file in weights)} | {f.where for f in findings}
     left = left_behind(base.folder, taken)
     if left:
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
@@ -69,7 +70,7 @@ def _of_pipeline(
         found, notes = companion_files(component, own, dtype, {}, (), decoded=decoded)
         files += [_moved(file, name) for file in found]
         findings += [n if n.where == component.path else n._replace(where=f"{name}/{n.where}") for n in notes]
-    for name in pipeline.beside(Path(base.folder), base.components):
+    for name in (n for n in pipeline.beside(Path(base.folder), base.components) if n != MARK):
         if is_inside(Path(base.folder, name), Path(base.folder)):
             files.append(CopiedFile(name, f"{base.folder}/{name}"))
         else:

@@ -6,6 +6,7 @@ resize's unit, keeping everything.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -72,8 +73,7 @@ def plan(
         report.findings = [f for f in report.findings if f not in foreseen]
         new = {u.target: rebuilt(u.deltas, settled_factors(u.outs, facts[u.key]["rank"], spooled)) for u in rewritten}
         if new:
-            what = f"{len(new)} modules were no plain pair of factors, and were made one, exactly: the scaling is in it"
-            report.findings.append(Finding("info", "convert", what))
+            report.findings.append(_of_ranks({u.target: u.deltas for u in rewritten}, new))
         parts = {u.target: apart(u, facts[u.key]["columns"]) for u in fused}
         report.findings += list(_of_parts(parts))
         return Settled(report, spelled({t: (d,) for t, d in new.items()}, parts))
@@ -133,6 +133,15 @@ def _foreseen(
         return report.findings
     what = f"cannot hold {len(losses)} parts of this, such as {losses[0]}; they are refused where they are not zero"
     return [Finding("warning", format.name, what, "choose another format, or --drop-unmapped leaves them out")]
+
+
+def _of_ranks(before: Mapping[Target, Sequence[Delta]], new: Mapping[Target, Delta]) -> Finding:
+    """Say what became of the ranks of modules that were rewritten as one pair of factors."""
+    changes = Counter((before[t][0].rank, delta.rank) for t, delta in new.items())
+    told = [f"rank {a} became {b} in {n}" if a else f"{n} have rank {b}" for (a, b), n in sorted(changes.items())]
+    more = f" and {len(told) - 4} more ranks" if told[4:] else ""
+    what = f"{len(new)} modules got new factors, exactly, with the scaling in them: {', '.join(told[:4])}{more}"
+    return Finding("info", "convert", what)
 
 
 def _of_parts(parts: Parts) -> Iterator[Finding]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod, sqrt
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from loratool import dtypes
@@ -21,6 +22,7 @@ from loratool.errors import InputError, UnsupportedError
 from loratool.formats.peft_config import STACKED_SINCE, make_config
 from loratool.hookspecs import Format
 from loratool.operations.matching import assembled, places, resolve
+from loratool.operations.residual import CHANGING
 from loratool.operations.starts import LoftqStart, PrincipalStart, random_start
 from loratool.operations.survey import Survey, survey_of
 from loratool.operations.targets import shared, targets_of
@@ -30,7 +32,6 @@ from loratool.storage.checkpoint import Checkpoint
 from loratool.storage.location import name_in_configs
 from loratool.tensors import TensorRef, TensorSource
 
-CHANGING = {"pissa": "PiSSA", "loftq": "LoftQ"}  # the starts that change the base, and what people call them
 INITS = ("kaiming", "gaussian", *CHANGING)
 INITIAL = "initial"  # the folder in the adapter's that holds what it was before training
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -67,18 +68,19 @@ def plan(
     modules = trained(survey, wish, base.path)
     dtype = dtypes.from_torch_name(start.dtype)
     refs = [TensorRef(name, shape, dtype) for m in modules for name, shape in zip(m.names, (m.down, m.up), strict=True)]
-    config = _config(survey, modules, start.residual or name_in_configs(base.path))
+    named = _named(base.path)
+    config = _config(survey, modules, start.residual or named)
     names = [_WEIGHTS]
     files: list[TensorFile | JsonFile] = [TensorFile.new(_WEIGHTS, refs, {"format": "pt"}), JsonFile(_CONFIG, config)]
     read = _read_back(refs, config, architecture, format, base.path)
     if start.init in CHANGING:
-        before = {**config, **start.told, "base_model_name_or_path": name_in_configs(base.path)}
+        before = {**config, **start.told, "base_model_name_or_path": named}
         names.append(f"{INITIAL}/{_WEIGHTS}")
         files += [TensorFile.new(names[1], refs, {"format": "pt"}), JsonFile(f"{INITIAL}/{_CONFIG}", before)]
         units: Sequence[Unit] = _changing(modules, read, (base, architecture), start, names)
     else:
         units = [random_start(m, _outs(m, _WEIGHTS, dtype), start.init, start.seed) for m in modules]
-    report = Report(verb="init", findings=_findings(survey, wish))
+    report = Report(verb="init", findings=[*_findings(survey, wish), *_above_full(modules)])
     report.totals = _totals(survey, modules, start, refs)
     report.totals |= {name: config[name] for name in ("target_modules", "target_parameters") if config.get(name)}
     report.rows = [_row(m) for m in modules]
@@ -88,12 +90,18 @@ def plan(
         measured = [facts[unit.key] for unit in units]
         for row, found in zip(report.rows, measured, strict=True):
             row.update(_shares(found))
-        if start.init == "loftq":
+        if start.init in CHANGING:
             report.totals |= _shares({name: sum(found[name] for found in measured) for name in measured[0]})
         return Settled(report)
 
     inputs = (Input(base.path, base.tensors, {}, otherwise="not read"),)
     return Plan(tuple(units), report, settle, tuple(files), inputs=inputs), read
+
+
+def _named(base: str) -> str:
+    """Return what the config says of the base: of a local folder the whole path, for it is read from anywhere."""
+    name = name_in_configs(base)
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _outs(module: Trained, file: str, dtype: str) -> tuple[Out, Out]:
@@ -163,6 +171,24 @@ def _findings(survey: Survey, wish: Wish) -> list[Finding]:
     return findings
 
 
+def _above_full(modules: Sequence[Trained]) -> Iterator[Finding]:
+    """Warn of ranks above the full one, at which every update is possible."""
+    for one in (m for m in modules if m.rank > m.full_rank):
+        what = f"rank {one.rank} is above {one.full_rank}, its smaller side, at which any update is possible"
+        hint = f"{_lower([m for m in modules if m.rank > m.full_rank])}: more is parameters for nothing"
+        yield Finding("warning", one.module.name, what, hint)
+
+
+def _lower(modules: Sequence[Trained]) -> str:
+    """Return options that give no module more than its full rank."""
+    least: dict[str, int] = {}
+    for one in modules:
+        name = one.module.name.removesuffix(".weight").rpartition(".")[2]
+        least[name] = min(least.get(name, one.full_rank), one.full_rank)
+    each = " ".join(f"--rank-for {name}={rank}" for name, rank in list(least.items())[:4])
+    return f"--rank {min(least.values())} or less, or {each}"
+
+
 def _totals(survey: Survey, modules: Sequence[Trained], start: Start, refs: Sequence[TensorRef]) -> dict[str, Any]:
     return {
         "family": survey.architecture.name,
@@ -216,9 +242,9 @@ def _changing(
         what = f"{called} starts from the weights themselves, and these are quantised"
         raise InputError(what, where=base.path, hint="begin with the model in 16 bits; or --init kaiming")
     odd = [m for m in modules if m.module.is_parameter or m.kind not in ("linear", "Conv1D") or len(m.down) > 2]
-    small = [m for m in modules if m.rank > min(m.module.out, m.module.inputs)]
-    for found, what in ((odd, f"{called} is for linear layers"), (small, "the rank is above the smaller side of")):
-        _refuse(what, found, base)
+    small = [m for m in modules if m.rank > m.full_rank]
+    _refuse(f"{called} is for linear layers", odd, base)
+    _refuse("the rank is above the smaller side of", small, base, _lower(small) if small else "")
     weights = _weights(adapter, base, architecture, called)
     if start.init == "loftq":
         what = "LoftQ quantises weights as they lie in the file, whole and (out, in); not so lie those of"
@@ -244,12 +270,14 @@ def _spooled(outs: tuple[Out, Out]) -> tuple[Out, Out]:
     return down._replace(name=_TAKEN + down.name), up._replace(name=_TAKEN + up.name)
 
 
-def _refuse(what: str, modules: Sequence[Trained], base: Checkpoint) -> None:
+def _refuse(
+    what: str, modules: Sequence[Trained], base: Checkpoint, hint: str = "--exclude leaves modules out"
+) -> None:
     """Raise UnsupportedError that names the modules, if there are any."""
     if modules:
         more = f" and {len(modules) - 4} more" if modules[4:] else ""
         told = ", ".join(m.module.name for m in modules[:4]) + more
-        raise UnsupportedError(f"{what}: {told}", where=base.path, hint="--exclude leaves modules out")
+        raise UnsupportedError(f"{what}: {told}", where=base.path, hint=hint)
 
 
 class _Weight(NamedTuple):

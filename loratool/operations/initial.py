@@ -4,49 +4,19 @@ PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract the adapter that training starts
 did to the original base is then scaling * (B A - B0 A0): the trained adapter less the initial one, exactly, of up to
 twice the rank. Source: peft/utils/save_and_load.py, subtract_mutated_init (0.21.2).
 
-`init --init pissa` and `--init loftq` write that changed base, the residual, as a checkpoint of its own. What PEFT
-trains on it is a plain adapter whose config names the residual: its base is known to be a changed one as long as that
-folder is there.
+`init --init pissa` and `--init loftq` write that changed base as a checkpoint of its own: see `residual`.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from loratool.adapter import Adapter, Finding, Target
 from loratool.deltas import Delta, LowRank
-from loratool.errors import LoratoolError, MismatchError
-from loratool.plan import RECORD
-from loratool.storage import jsonfile
+from loratool.errors import MismatchError
 from loratool.tensors import TensorRef
 
-RESIDUAL_OF = "residual_of"  # in the totals of a residual's report: the base that it is left of
-_MOST = 1 << 30  # bytes
-
-
-def of_residual(adapter: Adapter, base: str) -> Adapter:
-    """Return an adapter that was trained on a residual as one of a changed base, unless `base` is that residual."""
-    named = Path(adapter.base_model) if adapter.base_model else None
-    start = _start_of_residual(named) if named and not adapter.changed_base else ""
-    if named is None or not start:
-        return adapter
-    with suppress(OSError):
-        if base and any(named.samefile(place) for place in (base, Path(base).parent)):
-            return adapter
-    return replace(adapter, changed_base=start)
-
-
-def _start_of_residual(folder: Path) -> str:
-    """Return the start, pissa or loftq, with which init left the rest of a base in this folder; of others nothing."""
-    try:
-        if not (folder / RECORD).is_file():
-            return ""
-        totals = jsonfile.read(folder / RECORD, _MOST).get("totals")
-    except (LoratoolError, OSError, ValueError):  # only a name in a config
-        return ""
-    return str(totals.get("init", "pissa")) if isinstance(totals, dict) and RESIDUAL_OF in totals else ""
+_WHICH = "--init-adapter FOLDER is this very adapter as it was saved before training; init keeps it in `initial`"
 
 
 def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
@@ -61,12 +31,15 @@ def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
     started, trained = initial.low_rank("--init-adapter"), adapter.low_rank("--init-adapter")
     if started.keys() != trained.keys():
         odd = sorted(map(str, started.keys() ^ trained.keys()))
-        raise MismatchError(f"the initial adapter has other modules: {', '.join(odd[:4])}", where=initial.origin.path)
+        more = f" and {len(odd) - 4} more" if odd[4:] else ""
+        what = f"the initial adapter has other modules: {', '.join(odd[:4])}{more}"
+        raise MismatchError(what, where=initial.origin.path, hint=_WHICH)
     deltas: dict[Target, tuple[Delta, ...]] = {}
     for target, found in trained.items():
         before = started[target]
         if [d.matrix_shape for d in found] != [d.matrix_shape for d in before]:
-            raise MismatchError(f"the initial adapter has another shape at {target}", where=initial.origin.path)
+            what = f"the initial adapter has another shape at {target}"
+            raise MismatchError(what, where=initial.origin.path, hint=_WHICH)
         deltas[target] = (*found, *(_negative(d) for d in before))
     findings = list(adapter.findings)
     if adapter.changed_base.lower() == "loftq":
@@ -76,6 +49,7 @@ def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
         adapter,
         deltas=deltas,
         changed_base="",
+        residual="",
         base_model=initial.base_model or adapter.base_model,
         findings=tuple(findings),
         tensors={**adapter.tensors, **{f"initial {name}": _initial(ref) for name, ref in initial.tensors.items()}},

@@ -232,4 +232,5 @@ def _other_base(adapter: Adapter, base: Checkpoint) -> list[Finding]:
     if not adapter.base_model or is_base(adapter.base_model, base.path):
         return []
     what = f"says that it was trained on {adapter.base_model}; it is merged into {base.path}, which its shapes fit"
-    return [Finding("warning", adapter.origin.path, what)]
+    hint = "if that is what PiSSA or LoftQ left of a base, merge into that, or give the start: --init-adapter"
+    return [Finding("warning", adapter.origin.path, what, hint)]

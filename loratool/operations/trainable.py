@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite, sqrt
+from math import isfinite, prod, sqrt
 
 from loratool.adapter import Adapter, Target
 from loratool.errors import MismatchError, UnsupportedError, UsageError
@@ -84,6 +84,12 @@ class Trained:
         return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
     @property
+    def full_rank(self) -> int:
+        """The rank that an update of the weight has at most; in a stack, of each expert."""
+        copies = self.module.copies if self.module.is_parameter else 1
+        return min(prod(self.down[1:]), self.up[0]) if copies == 1 else min(self.module.out, self.module.inputs)
+
+    @property
     def names(self) -> tuple[str, str]:
         """The names of down and up in the file."""
         if self.is_embedding:
@@ -98,11 +104,13 @@ class Trained:
 
 def trained(survey: Survey, wish: Wish, where: str) -> list[Trained]:
     """Return the modules to train, in the order of the base; raise by name where one cannot be, or nothing matches."""
-    modules = [as_told(survey, m) for m in _chosen(survey, wish, where)]
+    chosen = _chosen(survey, wish, where)
+    modules = [as_told(survey, m) for m in chosen]
     _require_possible(survey, modules, where)
     inside = nested(m.name for m in modules if m.is_parameter)
     shapes = _Shapes(wish, survey, where)
-    shapes.require_patterns_used(modules)
+    by = "these are" if wish.target or wish.exclude else _by(wish)
+    _Chosen(chosen, survey.modules, by, where).require_used(p for p, _ in (*wish.rank_for, *wish.alpha_for))
     return [shapes.of(m, WRAPPER + inside.get(m.name, m.name)) for m in modules]
 
 
@@ -117,11 +125,16 @@ def _chosen(survey: Survey, wish: Wish, where: str) -> list[Module]:
         raise MismatchError(
             f"this model has no layer of the preset {wish.preset or 'default'}", where=where, hint=_SHOW
         )
-    _require_used(candidates, (*wish.target, *wish.exclude), where)
+    _Chosen(candidates, survey.modules, _by(wish), where).require_used((*wish.target, *wish.exclude))
     chosen = [m for m in candidates if (not wish.target or _any(wish.target, m)) and not _any(wish.exclude, m)]
     if not chosen:
         raise MismatchError("no module is left to train", where=where, hint=_SHOW)
     return chosen
+
+
+def _by(wish: Wish) -> str:
+    """Say what chose the modules, before --target and --exclude."""
+    return f"{wish.like.origin.path} has" if wish.like else f"preset {wish.preset or 'default'} is"
 
 
 _SHOW = "loratool arch show lists the layers; patterns match whole names or their ends"
@@ -139,20 +152,42 @@ def _hits(pattern: str, module: Module) -> bool:
         raise UnsupportedError(
             f"PEFT trains {bare} as a whole, and {pattern!r} selects {one} and not {other}",
             where=bare,
-            hint="choose all that is in it",
+            hint=f"choose all that is in it, in every layer or in this one: '{_below_numbers(bare)}' or '{bare}'",
         )
     return all(hit)
+
+
+def _below_numbers(path: str) -> str:
+    """The end of a path that its counterparts in other layers share."""
+    names = path.split(".")
+    last = max((n for n, name in enumerate(names) if name.isdecimal()), default=-1)
+    return ".".join(names[last + 1 :]) or path
 
 
 def _any(patterns: Sequence[str], module: Module) -> bool:
     return any(_hits(p, module) for p in patterns)
 
 
-def _require_used(modules: Iterable[Module], patterns: Iterable[str], where: str) -> None:
-    modules = list(modules)
-    for pattern in patterns:
-        if not any(_hits(pattern, m) for m in modules):
-            raise MismatchError(f"no module matches {pattern!r}", where=where, hint=_SHOW)
+@dataclass(frozen=True)
+class _Chosen:
+    """Modules that patterns are to match, those of the whole model, and by what they were chosen."""
+
+    modules: Sequence[Module]
+    every: Sequence[Module]
+    by: str
+    where: str
+
+    def require_used(self, patterns: Iterable[str]) -> None:
+        """Raise MismatchError where a pattern matches none of them: as it matches others, or nothing."""
+        for pattern in patterns:
+            if any(_hits(pattern, m) for m in self.modules):
+                continue
+            if not any(_hits(pattern, m) for m in self.every):
+                raise MismatchError(f"no module matches {pattern!r}", where=self.where, hint=_SHOW)
+            names = list(dict.fromkeys(m.name.removesuffix(".weight").rpartition(".")[2] for m in self.modules))
+            told = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else "")
+            what = f"{pattern!r} is not among the modules chosen: {self.by} {told}"
+            raise MismatchError(what, where=self.where, hint="leave it out; or choose more with --preset or --target")
 
 
 def _require_possible(survey: Survey, modules: Sequence[Module], where: str) -> None:
@@ -200,9 +235,6 @@ class _Shapes:
     @cached_property
     def _like(self) -> dict[tuple[str, str], tuple[int, float]]:
         return _ranks_of(self.wish.like) if self.wish.like else {}
-
-    def require_patterns_used(self, modules: Sequence[Module]) -> None:
-        _require_used(modules, [p for p, _ in (*self.wish.rank_for, *self.wish.alpha_for)], self.where)
 
     def of(self, module: Module, name: str) -> Trained:
         rank, alpha, rslora = self._rank(module)

@@ -101,7 +101,9 @@ def push(
         raise UsageError("what is to be sent?", hint="loratool push PATH org/name")
     first = str(paths[0])
     if Path(to).exists() and not Path(first).exists() and parse(first):
-        raise UsageError("the repository comes last", where=first, hint=f"loratool push {to} {first}")
+        raise UsageError(
+            "there is no such path", where=first, hint=f"the repository comes last: loratool push {to} {first}?"
+        )
     return _pushed([str(path) for path in paths], sending.target(to, publish), publish, None, plugins)
 
 
@@ -119,7 +121,7 @@ def _pushed(
     report = Report("push", {"path": ", ".join(paths)}, findings=findings)
     made = of_run.as_dict() if of_run else None
     text, notes = cards.composed(content, Path(paths[0]), to, publishing, made)
-    report.findings += notes
+    report.findings += [*cards.bases_of_here(files), *notes]
     verb = of_run or report
     return sending.send(to, {**files, "README.md": text.encode()}, publishing, report, verb.verb)
 

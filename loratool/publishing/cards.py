@@ -12,6 +12,7 @@ from loratool.adapter import Adapter, Finding
 from loratool.errors import FormatError, HubError, LoratoolError
 from loratool.opening import open_adapter
 from loratool.operations import card, cardfile
+from loratool.operations.residual import residual_in
 from loratool.publishing.sending import PRIVATE, Target
 from loratool.settings import Publishing
 from loratool.storage import checkpoint, hub, jsonfile, location
@@ -69,6 +70,21 @@ def composed(
     if not cardfile.fields_of(text).get("license"):
         findings.append(Finding("warning", path, _NO_LICENCE))
     return text, findings
+
+
+def bases_of_here(files: Mapping[str, Path]) -> list[Finding]:
+    """Warn of adapters that name a folder of this machine as their base: elsewhere nobody finds it."""
+    findings = []
+    for name, path in files.items():
+        told = jsonfile.read(path).get("base_model_name_or_path") if Path(name).name == "adapter_config.json" else ""
+        if not isinstance(told, str) or not (told and (Path(told).is_absolute() or checkpoint.exists(told))):
+            continue
+        found = residual_in(told, ask=False)
+        what = f"names {told} as its base{f', {found},' if found else ''} which is a folder of this machine"
+        first = f"loratool push {told} ORG/NAME; then " if found else ""
+        hint = f"{first}set base_model_name_or_path in {path} to the base's name on the Hub, and push this again"
+        findings.append(Finding("warning", name, what, hint))
+    return findings
 
 
 def _joined(first: Mapping[str, Any], more: Mapping[str, object]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from loratool.adapter import Finding
 from loratool.engine import EVERYTHING
 from loratool.errors import HubError
 from loratool.plan import RECORD, CopiedFile, Plan, Report, Settled
-from loratool.storage import location
+from loratool.storage import location, remote
 from loratool.storage.target import check_target
 
 
@@ -25,7 +25,7 @@ def pull(repo: str, out: Path, *, dry_run: bool, force: bool) -> Report:
     left = [] if single else [name for name in names.values() if _stays(name)]
     taken = {name: path for path, name in names.items() if name not in left}
     report = Report("pull", {"repository": location.called(repo)}, out=str(out), dry_run=dry_run)
-    report.rows = [{"file": name, "bytes": location.size(path)} for name, path in taken.items()]
+    report.rows = [{"file": name, "bytes": remote.size(path)} for name, path in taken.items()]
     report.totals = {"files": len(taken), "bytes": sum(row["bytes"] for row in report.rows)}
     if not taken:
         raise HubError("there are no files in it", where=location.called(repo), hint="is it the right branch?")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from loratool.errors import FormatError, InputError, StorageError
 from loratool.plan import RECORD, TensorFile
-from loratool.storage import jsonfile, location, pipeline, quantised, runs, safetensors
+from loratool.storage import jsonfile, location, pipeline, quantised, remote, runs, safetensors
 from loratool.storage.runs import PICKLES
 from loratool.tensors import Inline, Span, TensorRef, TensorSource
 
@@ -236,7 +236,7 @@ def companions(folder: str) -> list[str]:
         named = path.suffix in _COMPANIONS or path.stem.lower().startswith(_COMPANION_NAMES)
         nested = len(relative.parts) > 1 and (path.parent / "config.json") != path  # only configs of submodules
         wanted = path.is_file() and named and not (hidden or skipped or nested)
-        if wanted and location.size(path) <= _COMPANION_CAP:
+        if wanted and remote.size(path) <= _COMPANION_CAP:
             names.append(relative.as_posix())
     return names
 
@@ -306,7 +306,9 @@ def _only_file(place: Path, pickled: Sequence[Path] = ()) -> Path:
 
 def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     if not path.is_file():
-        raise StorageError("no such file or folder", where=path, hint="a source is a path, org/name or hf://org/name")
+        inside = not path.is_absolute() and len(path.parts) > 2 and ".." not in path.parts
+        hint = f"a source is a path, org/name or hf://{path.as_posix() if inside else 'org/name'}"
+        raise StorageError("no such file or folder", where=path, hint=hint)
     shard, tensors = _read(path, path.name, allow_pickle)
     return Checkpoint(str(path), tensors, shard.header.metadata, shards=(shard,), files=(path.name,))
 
@@ -328,7 +330,7 @@ def _read(path: Path, name: str, allow_pickle: bool) -> tuple[Shard, dict[str, T
         )
     from loratool.storage import torchfile
 
-    location.fetch_whole(path)
+    remote.fetch_whole(path)
     tensors = torchfile.read(path)
     new = TensorFile.new(_as_safetensors(name), tensors.values(), {"format": "pt"})  # transformers wants to be told
     return Shard(new.name, safetensors.Header(b"", new.tensors, dict(new.metadata)), name), tensors
@@ -353,7 +355,7 @@ def _open_index(path: Path, allow_pickle: bool) -> Checkpoint:
     shards: list[Shard] = []
     tensors: dict[str, TensorRef] = {}
     listed = list(dict.fromkeys(weight_map.values()))
-    location.look_ahead(_contained(path, name) for name in listed)
+    remote.look_ahead(_contained(path, name) for name in listed)
     for name in listed:
         shard, found = _read(_contained(path, name), name, allow_pickle)
         if any(other.name == shard.name for other in shards):
@@ -417,6 +419,6 @@ def _with_scalars(tensors: Iterable[str] | dict[str, TensorRef]) -> dict[str, Te
             small.setdefault(span.path, {})[name] = span
     values: dict[str, bytes] = {}
     for path, spans in small.items():
-        pieces = location.small_pieces(path, [(span.offset, span.nbytes) for span in spans.values()])
+        pieces = remote.small_pieces(path, [(span.offset, span.nbytes) for span in spans.values()])
         values |= dict(zip(spans, pieces, strict=True))
     return {n: replace(ref, pieces=(Inline(values[n]),)) if n in values else ref for n, ref in tensors.items()}

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from loratool.errors import StorageError
-from loratool.storage import location
+from loratool.storage import remote
 from loratool.storage.ranges import Ranges
 
 
@@ -19,8 +19,13 @@ class Descriptor:
 
     def __init__(self, path: str | Path, flags: int, mode: int = 0o600) -> None:
         self.path, self.number = str(path), -1  # for __del__, where opening fails
-        location.fetch_whole(Path(path))
+        remote.fetch_whole(Path(path))
         self.number = os.open(path, flags, mode)
+
+    @property
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        return os.fstat(self.number).st_size
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on."""
@@ -39,4 +44,8 @@ class Descriptor:
 
 def reader(path: str) -> Descriptor | Ranges:
     """Open what is read at positions: a file, or one that a streaming run left on the Hub."""
-    return location.ranges(path) or Descriptor(path, os.O_RDONLY)
+    found = remote.ranges(path)  # first: the threads of a run do not know that it streams
+    if found is None:
+        remote.fetch([path])
+        found = remote.ranges(path)
+    return found or Descriptor(path, os.O_RDONLY)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from loratool import strictjson
 from loratool.encodings import FourBit, Nested, Scaled, Transposed4Bit
 from loratool.errors import FormatError, UnsupportedError
-from loratool.storage import location
+from loratool.storage import remote
 from loratool.tensors import Inline, TensorRef, quantised
 
 Tensors = Mapping[str, TensorRef]
@@ -268,7 +268,7 @@ def _read(ref: TensorRef) -> bytes:
         if isinstance(piece, Inline):
             data += piece.data
             continue
-        data += location.read(Path(piece.path), piece.offset, piece.offset + piece.nbytes)
+        data += remote.read(Path(piece.path), piece.offset, piece.offset + piece.nbytes)
     return data
 
 

@@ -29,6 +29,11 @@ LOGIN = "log in: HF_TOKEN, hf auth login, or --token-file FILE"
 _AGAIN = "run it again: what has arrived is not sent again"
 _token: list[str] = []
 
+_hidden: list[Any] = []  # huggingface_hub.utils, while its progress bars are hidden by us
+
+#: Whether transfers show progress bars.
+shows_bars = True
+
 
 class RemoteFile(NamedTuple):
     """A file in a repository: its size in bytes, its SHA-256 where it is stored apart (LFS, xet), and git's id."""
@@ -54,6 +59,31 @@ def use_token_of(file: Path) -> None:
     if not re.fullmatch(r"[!-~]{1,400}", text):
         raise UsageError("this is not a file with one token", where=file)
     _token[:] = [text]
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no progress bars of transfers inside the block."""
+    global shows_bars  # noqa: PLW0603
+    shows_bars = False
+    try:
+        yield
+    finally:
+        shows_bars = True
+        while _hidden:
+            _hidden.pop().enable_progress_bars()
+
+
+def _hide_bars() -> None:
+    """Let huggingface_hub show no progress bars, where we show none and nobody has decided that already."""
+    if shows_bars:
+        return
+    from huggingface_hub import constants
+
+    utils: Any = import_module("huggingface_hub.utils")
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not utils.are_progress_bars_disabled():
+        utils.disable_progress_bars()
+        _hidden.append(utils)
 
 
 def token() -> str | None:
@@ -140,9 +170,10 @@ class _Scrubbing(logging.Filter):
 
 def _scrub_logs() -> None:
     """Let huggingface_hub's log of its requests be as our own messages are."""
-    log = logging.getLogger("huggingface_hub.utils._http")
-    if not any(isinstance(one, _Scrubbing) for one in log.filters):
-        log.addFilter(_Scrubbing())
+    for module in ("utils._http", "file_download"):
+        log = logging.getLogger(f"huggingface_hub.{module}")
+        if not any(isinstance(one, _Scrubbing) for one in log.filters):
+            log.addFilter(_Scrubbing())
 
 
 def _get(address: str, more: Mapping[str, str] | None = None) -> Any:
@@ -232,6 +263,7 @@ def cached(name: HubName) -> tuple[str, Path] | None:
 def problems(name: HubName, *, writing: bool = False) -> Iterator[None]:
     """Turn what huggingface_hub raises about a repository into a HubError."""
     _scrub_logs()
+    _hide_bars()
     try:
         yield
     except LoratoolError:
@@ -259,6 +291,8 @@ def _explained(problem: Exception, name: HubName, *, writing: bool) -> LoratoolE
     told = _scrubbed(str(causes[-1]) or type(causes[-1]).__name__)
     if isinstance(problem, (errors.HFValidationError, json.JSONDecodeError, KeyError, TypeError)):
         return HubError(f"the Hub's answer, or the name, is not understood: {told}", where=name)
+    if isinstance(problem, RuntimeError) and "has been closed" in str(problem):  # by a run that lost its connection
+        return HubError("the connection was closed meanwhile", where=name, hint="run it again", missing="connection")
     foreign = any(type(c).__module__.partition(".")[0].startswith(("httpx", "requests", "hf_xet")) for c in causes)
     if foreign or isinstance(problem, (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
         hint = _AGAIN if writing else "is there a connection? What is in the cache opens with HF_HUB_OFFLINE=1"

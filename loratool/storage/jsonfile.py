@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import FormatError, StorageError
-from loratool.storage import location
+from loratool.storage import remote
 from loratool.strictjson import parse
 
 CONFIG_CAP = 10 << 20
@@ -17,9 +17,9 @@ INDEX_CAP = 64 << 20
 def read(path: Path, cap: int = CONFIG_CAP) -> dict[str, Any]:
     """Read and parse a JSON file of at most `cap` bytes."""
     try:
-        if location.size(path) > cap:
-            raise FormatError(f"{location.size(path):,} bytes is beyond the cap of {cap:,}", where=path)
-        location.fetch_small(path)
+        if remote.size(path) > cap:
+            raise FormatError(f"{remote.size(path):,} bytes is beyond the cap of {cap:,}", where=path)
+        remote.fetch_small(path)
         return parse(path.read_bytes(), path)
     except OSError as error:
         raise StorageError(f"cannot be read: {error.strerror}", where=path) from None

@@ -2,13 +2,13 @@
 
 The Hub answers with the address where the bytes of a large file are, signed for a while. It is asked once a file, and
 again when that address is no longer accepted, so that a checkpoint costs the Hub a request a shard, not one a piece. A
-connection that breaks is taken up at the byte where it broke. Every address names a commit, and every answer is held
-against the range that was asked for; the SHA-256 of a file cannot be checked where only parts of it are read.
+connection that breaks is taken up at the byte where it broke. Every address names a commit, what the Hub says of it is
+held against the file's SHA-256, and every answer against the range that was asked for; the bytes themselves cannot be
+held against a SHA-256 where only parts of a file are read.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +25,9 @@ _PIECE = 8 << 20  # bytes of a request: enough for the way to and fro not to mat
 _AT_ONCE = 8  # requests
 WINDOW = 64 << 20  # bytes that keep them all busy
 _BLOCK = 4 << 20  # bytes that are fetched together for small tensors, which lie side by side
-_FAILURES = 10  # in a row, without a byte arriving: some minutes
-_OVER = (401, 403, 404, 410)  # what a store says of an address whose time is over
+_FAILURES = 15  # in a row, without a byte arriving: five minutes
+_OVER = (400, 401, 403, 404, 410)  # what a store says of an address whose time is over
+_REFUSALS = 3  # in a row: of addresses that have only just been given
 
 #: One of all files, and only where there is one.
 _pool: list[ThreadPoolExecutor] = []
@@ -34,12 +35,13 @@ _lock = threading.Lock()
 
 
 class Ranges:
-    """A file of `size` bytes in a repository, at a commit; threads may share it."""
+    """A file in a repository, at a commit; threads may share it."""
 
-    def __init__(self, name: HubName, size: int) -> None:
-        self.name, self.size = name, size
+    def __init__(self, name: HubName, file: hub.RemoteFile) -> None:
+        self.name, self.size, self.digest = name, file.size, file.sha256 or file.blob
         self._address = ""
         self._lock = threading.Lock()
+        self._fetching = [threading.Lock() for _ in range(_AT_ONCE)]  # of blocks
 
     def read_into(self, view: memoryview, offset: int, arrived: Callable[[int], object] = lambda nbytes: None) -> None:
         """Fill `view` with the bytes from `offset` on; `arrived` is told how many came, by several threads."""
@@ -64,7 +66,8 @@ class Ranges:
         done = 0
         while done < len(view):
             number, start = divmod(offset + done, _BLOCK)
-            part = _block(self, number)[start : start + len(view) - done]
+            with self._fetching[number % _AT_ONCE]:  # two threads do not ask for the same one
+                part = _block(self, number)[start : start + len(view) - done]
             view[done : done + len(part)] = part
             done += len(part)
 
@@ -90,13 +93,15 @@ class Ranges:
                             return
             except HubError as problem:
                 failures = failures + 1 if done == before else 0
-                over = problem.status in _OVER and address and not hub.is_own(address)
-                passes = (
-                    over or problem.missing == "connection" or problem.status in (408, 429) or problem.status >= 500
-                )
-                if failures > _FAILURES or not passes:
+                over = bool(address) and problem.status in _OVER and not hub.is_own(address)
+                if over and failures > _REFUSALS:
+                    what = f"the store of its large files refuses ({problem.status})"
+                    raise HubError(what, where=self.name, hint="does a proxy or a firewall keep it away?") from None
+                busy = problem.status in (408, 429) or problem.status >= 500
+                if failures > _FAILURES or not (over or busy or problem.missing == "connection"):
                     raise
-                self._forget(address)
+                if over or failures:
+                    self._forget(address)
                 if failures:
                     time.sleep(min(2.0**failures / 4, 30))
 
@@ -106,8 +111,8 @@ class Ranges:
         headers = hub.headers(address) | {"Range": f"bytes={start}-{stop - 1}"}
         with utils.http_stream_backoff("GET", address, headers=headers, timeout=30, retry_on_exceptions=()) as answer:
             utils.hf_raise_for_status(answer)
-            told = re.fullmatch(r"bytes (\d+)-(\d+)/.*", answer.headers.get("Content-Range", ""))
-            if answer.status_code != 206 or not told or (int(told[1]), int(told[2])) != (start, stop - 1):
+            told = answer.headers.get("Content-Range", "")
+            if answer.status_code != 206 or told not in [f"bytes {start}-{stop - 1}/{n}" for n in (self.size, "*")]:
                 raise HubError("the Hub does not send parts of this file", where=self.name, hint="without --stream")
             for chunk in answer.iter_bytes():
                 if len(chunk) > stop - start:
@@ -135,8 +140,8 @@ class Ranges:
         from huggingface_hub import get_hf_file_metadata
 
         told = get_hf_file_metadata(own, token=hub.token(), endpoint=hub.endpoint())
-        if told.size not in (None, self.size):
-            raise HubError(f"it has {told.size:,} bytes now, and {self.size:,} before", where=self.name)
+        if told.size not in (None, self.size) or (self.digest and told.etag not in (None, self.digest)):
+            raise HubError("this is another file than it was", where=self.name, hint="run it again")
         return told.location
 
 
@@ -154,4 +159,4 @@ def bar(title: str, nbytes: int) -> Any:
     """Return a progress bar as downloads have it, a context manager with `update(bytes)`."""
     utils: Any = import_module("huggingface_hub.utils")
     name = "huggingface_hub.http_get"
-    return utils.tqdm(total=nbytes, desc=title[:40], unit="B", unit_scale=True, name=name)
+    return utils.tqdm(total=nbytes, desc=title[:40], unit="B", unit_scale=True, name=name, disable=not hub.shows_bars)

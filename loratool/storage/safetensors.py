@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from loratool import dtypes, strictjson
 from loratool.errors import FormatError, StorageError
-from loratool.storage import location
+from loratool.storage import remote
 from loratool.tensors import Span, TensorInfo, TensorRef
 
 HEADER_CAP = 16 << 20
@@ -35,8 +35,8 @@ class Header(NamedTuple):
 def read_header(path: Path) -> Header:
     """Read the header of a file; FormatError names what is wrong with it."""
     try:
-        size = location.size(path)
-        prefix = location.read(path, 0, 8)
+        size = remote.size(path)
+        prefix = remote.read(path, 0, 8)
         if len(prefix) < 8:
             raise FormatError(f"{size} bytes are too few for a safetensors file", where=path, hint=_DAMAGED)
         (length,) = struct.unpack("<Q", prefix)
@@ -48,7 +48,7 @@ def read_header(path: Path) -> Header:
                 f"a header of {length:,} bytes is beyond the cap of {HEADER_CAP:,}: not a safetensors file?",
                 where=path,
             )
-        text = location.read(path, 8, 8 + length)
+        text = remote.read(path, 8, 8 + length)
     except OSError as error:
         raise StorageError(f"cannot be read: {error.strerror}", where=path) from None
     if len(text) < length:
@@ -68,10 +68,12 @@ def read_header(path: Path) -> Header:
 
 
 _PAGE = ("this is a web page", "the download was answered with it: fetch the file again, logged in if need be")
+_JSON = ("this is JSON", "give the folder that it is in, or the file of weights")
 _INSTEAD = {  # how files begin that lie where weights should
     b"version ": ("this is a pointer of Git LFS", "git lfs pull fetches the file itself"),
     b"<!doctyp": _PAGE,
     b"<html": _PAGE,
+    **dict.fromkeys((b'{"', b"{ ", b"{\n", b"{\r", b"{\t"), _JSON),
 }
 _DAMAGED = "the file is damaged or its download was cut off: fetch it again"
 

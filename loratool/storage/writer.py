@@ -21,7 +21,7 @@ from types import TracebackType
 
 from loratool.errors import FormatError, HubError, StorageError, UsageError
 from loratool.plan import CopiedFile, Facts, JsonFile, Out, OutFile, TensorFile, TextFile
-from loratool.storage import digests, jsonfile, location, ranges, safetensors, target
+from loratool.storage import digests, jsonfile, ranges, remote, safetensors, target
 from loratool.storage.descriptor import Descriptor
 from loratool.storage.writeback import WriteBehind
 from loratool.tensors import Inline, Span, TensorRef
@@ -169,7 +169,7 @@ class Staging:
             elif isinstance(file, TextFile):
                 self._behind.write(self._create(file.name).number, file.text.encode(), 0)
             else:
-                size = location.size(Path(file.source))
+                size = remote.size(Path(file.source))
                 self._copy(self._create(file.name).number, [(file.source, 0, 0, size)], file.name)
         if spool:
             self._prepare_spool(spooled, spool)
@@ -236,7 +236,7 @@ class Staging:
 
     def _copy(self, fd: int, runs: Sequence[tuple[str, int, int, int]], title: str) -> None:
         """Copy (path, from, to, bytes) into an open file."""
-        away = {path: source for path, *_ in runs if (source := location.ranges(path))}
+        away = {path: source for path, *_ in runs if (source := remote.ranges(path))}
         local: dict[str, Descriptor] = {}
         for path, start, at, nbytes in runs:
             if path not in away:
@@ -316,9 +316,9 @@ class Staging:
     def _settle_digests(self, file: TensorFile) -> None:
         """Write the header again with what the data, now complete, says: the fields are as long as before."""
         if file.digests:
-            number, infos, before = self._files[file.name].number, [ref.info for ref in file.tensors], _header(file)
-            told = digests.fields_of(number, len(before), infos, file.metadata, file.digests)
-            self._behind.write(number, safetensors.make_header(infos, {**file.metadata, **told}), 0)
+            written, infos, before = self._files[file.name], [ref.info for ref in file.tensors], _header(file)
+            told = digests.fields_of(written, len(before), infos, file.metadata, file.digests)
+            self._behind.write(written.number, safetensors.make_header(infos, {**file.metadata, **told}), 0)
 
 
 def _runs(refs: Sequence[TensorRef], places: Mapping[str, int]) -> list[tuple[str, int, int, int]]:
@@ -358,7 +358,7 @@ def _size_of(file: OutFile) -> int:
     """Bytes that a file takes on the disk; of JSON, too few to count."""
     if isinstance(file, TensorFile):
         return len(_header(file)) + sum(ref.nbytes for ref in file.tensors)
-    return location.size(Path(file.source)) if isinstance(file, CopiedFile) else 0
+    return remote.size(Path(file.source)) if isinstance(file, CopiedFile) else 0
 
 
 def _room(out: Out) -> int:

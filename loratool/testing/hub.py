@@ -173,11 +173,12 @@ class Hub:
         assert self._servers, "the Hub is not running: use it as a context manager"
         return f"http://127.0.0.1:{self._servers[index].server_address[1]}"
 
-    def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+    def environment(self, home: Path | str, token: str | None = TOKEN) -> dict[str, str]:
         """Return environment variables that point a new process to this Hub; caches go under `home`.
 
         huggingface_hub reads them when it is imported: set them before. An empty HF_TOKEN counts as none.
         """
+        home = Path(home)
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),

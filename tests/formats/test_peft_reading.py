@@ -382,9 +382,9 @@ def test_thousands_of_literal_keys_for_thousands_of_modules_cost_little(tmp_path
     modules = [f"blocks.{n}.to_q{n % 40}" for n in range(4000)]
     alphas = {"^" + re.escape(m): n + 1 for n, m in enumerate(modules)} | {f"x{n}": 1 for n in range(4000)}
     adapter_with(tmp_path, modules, alpha_pattern=alphas)
-    start = time.monotonic()
+    start = time.process_time()
     adapter = open_adapter(tmp_path).require_sound()
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert [by_module(adapter)[m].scaling for m in modules[::500]] == [(n + 1) / 2 for n in range(0, 4000, 500)]
 
 
@@ -392,10 +392,10 @@ def test_quick_regular_expressions_have_a_deadline_together(tmp_path, monkeypatc
     monkeypatch.setattr("loratool.formats.peft_config._Pattern.budget", 0.2)
     modules = [f"blocks.{n}.to_q" for n in range(1000)]
     adapter_with(tmp_path, modules, alpha_pattern={f"y{n}.*": 4 for n in range(1000)})
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(InputError, match=r"alpha_pattern: the pattern 'y.*takes forever"):
         open_adapter(tmp_path)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])

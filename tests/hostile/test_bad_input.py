@@ -397,9 +397,9 @@ def test_an_evil_pattern_ends_quickly_and_readably(
     shapes = {f"model.layers.{n}.self_attn.q_proj": (HIDDEN, HIDDEN) for n in range(30)}
     write_adapter(tmp_path / "adapter", factors(shapes=shapes), **{field: {pattern: 4}})
     cli("formats")
-    start = time.monotonic()
+    start = time.process_time()
     outcome = cli(*VERBS["compare"])
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert outcome.code in (0, INPUT)
     assert "Traceback" not in outcome.err
 
@@ -407,9 +407,9 @@ def test_an_evil_pattern_ends_quickly_and_readably(
 def test_many_slow_patterns_share_one_second(tmp_path: Path, base: str, refused: Refused) -> None:
     slow = {f"(?:[a-z_.0-9]|[a-z])*[A-Z]{n}": 4 for n in range(30)}
     write_adapter(tmp_path / "adapter", alpha_pattern=slow)
-    start = time.monotonic()
+    start = time.process_time()
     refused(INPUT, *VERBS["compare"], says=("alpha_pattern", "takes forever"), hint=False)
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(

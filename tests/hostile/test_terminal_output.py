@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_files import HIDDEN, environment, factors, peft_config, run_main, write_adapter, write_base, write_json
 
-from loratool.cli.render import clean
+from loratool.cli.render import clean, table
 
 EVIL = [
     "\x1b]0;owned\x07",
@@ -179,6 +179,29 @@ def test_cleaned_text_has_no_control_character_and_keeps_the_rest(text: str) -> 
     assert "\n" not in cleaned
     if not forbidden(text) and "\n" not in text and len(text) < 500:
         assert cleaned == text
+
+
+def test_a_narrow_table_loses_what_is_the_same_in_all_rows_first_and_says_what_it_was(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from rich.console import Console
+
+    rows = [
+        {"module": f"model.layers.{n}.self_attn.q_proj", "kind": "linear", "of": [64, 32 + n], "rank": 4, "alpha": 16.0,
+         "parameters": 512 + n, "nf4_error": 0.1 + n, "loftq_error": 0.2 + n}
+        for n in range(3)
+    ]  # fmt: skip
+    for width in (200, 90, 80, 70):
+        table(Console(width=width, soft_wrap=True), rows)
+        shown = capsys.readouterr().out
+        lines = shown.splitlines()
+        assert max(map(len, lines)) <= width
+        head = next(line for line in lines if "module" in line)
+        assert {"rank", "loftq"} <= set(head.split())
+        told = " ".join(shown.split())
+        for name, value in (("kind", "linear"), ("rank", "4"), ("alpha", "16")):
+            assert (f" {name} " in head) != (f'"{name}" ({value} in all)' in told)
+        assert ("too narrow" in told) is (width < 200)
 
 
 def test_a_narrow_terminal_shows_numbers_beside_fused_weights(run: Run, tmp_path: Path) -> None:

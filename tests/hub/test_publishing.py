@@ -204,7 +204,7 @@ def test_without_a_token_nothing_is_sent(hub: Hub, base, adapter, monkeypatch):
 def test_the_repository_comes_last(hub: Hub, adapter):
     with pytest.raises(UsageError) as caught:
         loratool.push("me/adapter", to=str(adapter))
-    assert caught.value.hint == f"loratool push {adapter} me/adapter"
+    assert f"loratool push {adapter} me/adapter" in caught.value.hint
 
 
 def test_a_proposal_is_not_said_to_be_written(hub: Hub, adapter, tmp_path, capsys):
@@ -425,7 +425,33 @@ def test_a_local_path_that_looks_like_a_name_is_said_to_win(hub: Hub, adapter, t
     write_adapter(tmp_path / "me/adapter")
     assert run_main("inspect", "me/adapter") == 0
     assert "me/adapter: the local path (hf://me/adapter is" in capsys.readouterr().err
+    location._said.clear()
+    assert run_main("inspect", "me/adapter", "-q") == 0
+    assert not capsys.readouterr().err
     assert not hub.requests
+
+
+@pytest.mark.parametrize("more", [(), ("-q",), ("-q", "--stream")])
+def test_quiet_shows_no_bars_of_huggingface_hub_and_leaves_them_to_others(more, base, adapter, tmp_path, capsys):
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    commands = {
+        "push": ("push", adapter, "me/adapter", *more[:1]),
+        "pull": ("pull", "me/adapter", "-o", tmp_path / "pulled", *more[:1]),
+        "merge": ("merge", "org/base", "me/adapter", "-o", tmp_path / "merged", *more),
+    }
+    for verb, command in commands.items():
+        capsys.readouterr()
+        assert run_main(*command) == 0
+        assert ("%|" in capsys.readouterr().err) is not bool(more), verb
+        assert not are_progress_bars_disabled()
+
+
+def test_a_path_inside_a_repository_is_told_how_it_is_written(adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoratoolError, match="no such file") as refusal:
+        loratool.inspect("me/npis/initial")
+    assert "hf://me/npis/initial" in refusal.value.hint
 
 
 def test_a_link_that_leads_out_of_the_folder_is_not_sent(hub: Hub, adapter, tmp_path):
@@ -476,7 +502,7 @@ def test_a_token_is_in_no_output(hub: Hub, base, adapter, tmp_path, monkeypatch)
     hub.tokens[CANARY] = "write"
     (tmp_path / "token").write_text(CANARY + "\n")
     told = ""
-    variables = hub.environment(tmp_path / "canary-home", token=None)
+    variables = hub.environment(str(tmp_path / "canary-home"), token=None)
     settings = {**environment(**variables), "HF_DEBUG": "1", "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path.cwd())}
     words = {"ADAPTER": str(adapter), "OUT": str(tmp_path / "out")}
     script = "import json, sys\nfrom loratool.cli.main import _run\n"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from tiny_files import (
     DOWN1,
     LLAMA_CONFIG,
@@ -24,7 +26,8 @@ from tiny_files import (
 
 import loratool
 from loratool.errors import FormatError, HubError, LoratoolError, UsageError
-from loratool.storage import ranges
+from loratool.storage import checkpoint, ranges, remote
+from loratool.storage.load import Loader
 from loratool.testing.hub import Hub
 
 pytest_plugins = ["hub_fixtures"]
@@ -268,3 +271,97 @@ def test_adapters_are_read_so_by_other_verbs(hub: Hub, pair, tmp_path, name):
         else:
             assert loratool.inspect("me/adapter", spectrum=True).rows == loratool.inspect(adapter, spectrum=True).rows
     assert not (tmp_path / "hf-home/hub").exists()
+
+
+def test_others_may_fetch_the_same_commit_meanwhile(hub: Hub, pair, tmp_path):
+    base, adapter = pair
+    told = []
+
+    def progress(done: int, total: int) -> None:
+        """Fetch the base in another thread, which does not stream, when a piece is done."""
+        if not told:
+            told.append(done)
+            other = threading.Thread(
+                target=loratool.merge, args=("org/base", ["me/adapter"], tmp_path / "fetched"), daemon=True
+            )
+            other.start()
+            other.join()
+
+    with loratool.streaming():
+        loratool.merge("org/base", ["me/adapter"], tmp_path / "streamed", progress=progress)
+    assert (tmp_path / "hf-home/hub").exists()
+    loratool.merge(base, [adapter], tmp_path / "local")
+    assert weights(tmp_path / "streamed") == weights(tmp_path / "fetched") == weights(tmp_path / "local")
+
+
+def test_fused_parts_live_adapters_and_hashes_are_read_by_ranges_too(hub: Hub, tmp_path):
+    """Planning reads factors here: q, k and v of Flux share their down factors in a fused file."""
+    block = "transformer.transformer_blocks.0.attn"
+    down, files = torch.randn(4, 3072), {}
+    for part in ("to_q", "to_k", "to_v"):
+        files |= {f"{block}.{part}.lora_A.weight": down.clone(), f"{block}.{part}.lora_B.weight": torch.randn(3072, 4)}
+    save_file(files, tmp_path / "pytorch_lora_weights.safetensors", {"format": "pt"})
+    hub.create(
+        "me/flux", {"pytorch_lora_weights.safetensors": (tmp_path / "pytorch_lora_weights.safetensors").read_bytes()}
+    )
+    hub.create("me/adapter", write_adapter(tmp_path / "adapter"))
+    with loratool.streaming():
+        loratool.convert("me/flux", tmp_path / "streamed.safetensors", to="kohya", arch="flux")
+        hashes = loratool.inspect("me/adapter", hashes=True).totals
+        opened = checkpoint.open_adapter("me/adapter")
+        with Loader() as load:  # as for a live model: outside of any plan
+            live = {name: load(ref) for name, ref in opened.tensors.items()}
+    loratool.convert(
+        tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "local.safetensors", to="kohya", arch="flux"
+    )
+    streamed, local = (load_file(tmp_path / name) for name in ("streamed.safetensors", "local.safetensors"))
+    assert streamed.keys() == local.keys()
+    assert all(torch.equal(streamed[name], local[name]) for name in local)
+    data = (tmp_path / "adapter/adapter_model.safetensors").read_bytes()
+    assert sha256(data).hexdigest() in hashes.values()
+    on_disk = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(live[name], tensor) for name, tensor in on_disk.items())
+    assert not (tmp_path / "hf-home/hub").exists()
+
+
+def test_another_file_under_the_same_address_is_noticed(hub: Hub, pair, tmp_path):
+    """By its SHA-256, which the Hub tells with the address."""
+    base, adapter = with_headers(hub, "org/base", "me/adapter")
+    commit = hub.repos["org/base"].at("main")
+    name = "model-00001-of-00003.safetensors"
+    data = bytearray(commit.files[name].data)
+    data[-1] ^= 1
+    commit.files[name] = hub.stored(name, bytes(data))
+    with loratool.streaming(), pytest.raises(HubError, match="another file"):
+        loratool.merge(base, [adapter], tmp_path / "out")
+
+
+def test_a_store_that_refuses_is_not_taken_for_the_hub(hub: Hub, pair, tmp_path):
+    base, adapter = with_headers(hub, "org/base", "me/adapter")
+    hub.fail("GET /cdn", status=403, times=999)
+    with loratool.streaming(), pytest.raises(HubError, match="store of its large files refuses") as caught:
+        loratool.merge(base, [adapter], tmp_path / "out")
+    assert "log in" not in caught.value.hint
+
+
+def test_alphas_all_over_a_large_file_bring_nothing_here(hub: Hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_RANGES_CAP", 3)
+    monkeypatch.setattr(remote, "_NEAR", 0)
+    monkeypatch.setattr(remote, "_FIRST", 64)
+    adapter = {}
+    for n in range(8):
+        name = f"lora_unet_double_blocks_{n}_img_attn_proj"
+        adapter |= {f"{name}.lora_down.weight": torch.randn(4, 3072), f"{name}.lora_up.weight": torch.randn(3072, 4)}
+        adapter[f"{name}.alpha"] = torch.tensor(float(n + 1))
+    hub.create("me/kohya", {"a.safetensors": save(adapter)})
+    with loratool.streaming():
+        rows = loratool.inspect("hf://me/kohya/a.safetensors").rows
+    assert [row["alpha"] for row in rows] == [float(n + 1) for n in range(8)]
+    assert not (tmp_path / "hf-home/hub").exists()
+
+
+def test_a_signed_address_is_in_no_log(hub: Hub, pair, tmp_path, caplog):
+    hub.fail("GET /cdn", cut=300, times=3, skip=4)
+    loratool.merge("org/base", ["me/adapter"], tmp_path / "fetched")
+    assert "Error while downloading" in caplog.text
+    assert "signature" not in caplog.text

@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -27,6 +28,28 @@ def test_malformed_patterns_are_refused_with_their_text(pattern):
     with pytest.raises(UsageError) as caught:
         parse(pattern)
     assert repr(pattern) in str(caught.value)
+
+
+def test_what_to_write_instead_of_a_malformed_pattern_is_itself_well_formed():
+    with pytest.raises(UsageError) as of_a_list:
+        parse("q_proj, v_proj")
+    assert "--target q_proj --target v_proj" in of_a_list.value.hint
+    for habit in ("layers.{0}.**", "layers.[0-2].*"):
+        with pytest.raises(UsageError) as caught:
+            parse(habit)
+        (example,) = re.findall(r"layers\S*(?=;)", caught.value.hint)
+        assert selects(example, "model.layers.5.mlp.up_proj")
+        assert not selects(example, "model.layers.6.mlp.up_proj")
+
+
+@pytest.mark.parametrize("page", [Path(__file__).parents[2] / "docs/init.md"])
+def test_the_patterns_of_the_page_are_well_formed(page):
+    table = page.read_text().partition("## Patterns")[2].partition("## ")[0]
+    rows = [line.replace("\\|", "/").split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    patterns = [text.replace("/", "|") for row in rows for text in re.findall("`(.*?)`", row)]
+    assert len(patterns) > 6
+    for pattern in patterns:
+        assert parse(pattern.rpartition(":")[2])
 
 
 @given(st.lists(ELEMENT, min_size=1, max_size=6), st.data())

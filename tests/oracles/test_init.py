@@ -5,6 +5,7 @@ The oracle is get_peft_model with a LoraConfig written by hand, PEFT's own defau
 
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -409,7 +410,7 @@ REFUSED = {
     "a part of a stack": ("mixtral", {"target": ["experts.0.w1"]}, UnsupportedError, "as a whole"),
     "no such module": ("llama", {"target": ["query"]}, MismatchError, "no module matches 'query'"),
     "no such module to leave out": ("llama", {"exclude": ["query"]}, MismatchError, "no module matches 'query'"),
-    "a rank for nothing": ("llama", {"rank_for": {"up_proj": 4}}, MismatchError, "no module matches 'up_proj'"),
+    "a rank for nothing": ("llama", {"rank_for": {"up": 4}}, MismatchError, "no module matches 'up'"),
     "nothing left": ("llama", {"exclude": ["**"]}, MismatchError, "no module is left"),
     "rank 0": ("llama", {"rank": 0}, UsageError, "a rank of 0"),
     "alpha nan": ("llama", {"alpha": math.nan}, UsageError, "an alpha of nan"),
@@ -423,6 +424,14 @@ REFUSED = {
     ),
     "pissa above full rank": (
         "llama", {"init": "pissa", "residual": "rest", "rank": 20}, UnsupportedError, "smaller side of: .*v_proj"
+    ),
+    "not of the preset": ("llama", {"rank_for": {"k_proj": 4}}, MismatchError, "chosen: .* default is q_proj, v_proj"),
+    "nothing to leave out": ("llama", {"exclude": ["lm_head"]}, MismatchError, "chosen: .* default is q_proj, v_proj"),
+    "preset and more": (
+        "llama", {"preset": "attention", "target": ["up_proj"]}, MismatchError, "preset attention is .*k_proj"
+    ),
+    "not of the target": (
+        "llama", {"target": ["q_proj"], "alpha_for": {"k_proj": 4}}, MismatchError, "'k_proj' .* these are q_proj"
     ),
     "another start": ("llama", {"init": "olora"}, UsageError, "'olora' is no start"),
 }  # fmt: skip
@@ -438,6 +447,116 @@ def test_what_cannot_be_done_is_refused_by_name_and_nothing_is_written(case, bas
     with pytest.raises(error, match=words):
         loratool.init(folder, **options)
     assert snapshot(tmp_path) == before
+
+
+HINTS = {
+    "full rank": ({"init": "pissa", "residual": "rest", "rank": 20}, "--rank 16 or less, or --rank-for v_proj=16"),
+    "one folder": ({"init": "pissa", "residual": "new"}, "-o new --residual new-base"),
+    "not chosen": ({"exclude": ["lm_head"]}, "--preset or --target"),
+}
+
+
+@pytest.mark.parametrize("case", HINTS)
+def test_a_refusal_says_what_to_type(case, base, tmp_path, monkeypatch):
+    asked, words = HINTS[case]
+    folder = base("llama")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoratoolError) as refusal:
+        loratool.init(folder, "new", **asked)
+    assert re.search(words, refusal.value.hint), refusal.value.hint
+    if case == "full rank":
+        assert loratool.init(folder, "new", **{**asked, "rank": 16}).totals["ranks"] == [16]
+
+
+def test_part_of_a_stack_is_refused_with_a_pattern_of_the_whole(base, tmp_path):
+    folder = base("mixtral")
+    with pytest.raises(UnsupportedError) as refusal:
+        loratool.init(folder, tmp_path / "new", target="experts.*.w1")
+    every, one = re.findall("'(.*?)'", refusal.value.hint)
+    assert loratool.init(folder, tmp_path / "new", target=every).totals["modules"] == MOE["num_hidden_layers"]
+    assert loratool.init(folder, tmp_path / "one", target=one).totals["modules"] == 1
+
+
+def test_an_adapter_is_no_base_and_its_refusal_says_what_to_do(base, tmp_path, capsys):
+    loratool.init(base("llama"), tmp_path / "new")
+    with pytest.raises(InputError, match="this is an adapter") as refusal:
+        loratool.init(tmp_path / "new", tmp_path / "other")
+    assert f"loratool inspect {tmp_path / 'new'}" in refusal.value.hint
+    assert run_main("init", tmp_path / "new", "-o", tmp_path / "other") == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "asked"),
+    [
+        ("llama", 20, {"preset": "all-linear"}),
+        ("unet", 20, {"target": ["conv1", "conv2", "to_q"]}),
+        ("mixtral", 33, {"preset": "mlp"}),
+    ],
+)
+def test_ranks_above_the_full_one_of_a_weight_are_warned_of(kind, rank, asked, base, tmp_path):
+    """The oracle is the rank of a random product of the factors themselves: more columns than it are for nothing."""
+    report = loratool.init(base(kind), tmp_path / "new", rank=rank, **asked)
+    below = set()
+    generator = torch.Generator().manual_seed(0)
+    for name, down in tensors(tmp_path / "new").items():
+        if "lora_A" not in name:
+            continue
+        up = tensors(tmp_path / "new")[name.replace("lora_A", "lora_B")]
+        copies = len(down) // rank
+        one, other = (
+            torch.randn(s, generator=generator).double()
+            for s in (down[:rank].flatten(1).shape, up.flatten(1)[:, ::copies].shape)
+        )
+        if torch.linalg.matrix_rank(other @ one) < rank:
+            below.add(name)
+    warned = [f for f in report.findings if "is above" in f.what]
+    assert all(f.level == "warning" and "--rank" in f.hint for f in warned)
+    assert 0 < len(warned) == len(below)
+
+
+def test_a_rank_that_is_possible_is_not_warned_of(base, tmp_path):
+    assert not loratool.init(base("llama"), tmp_path / "new", rank=8, preset="all-linear").findings
+
+
+@pytest.mark.parametrize("start", ["kaiming", "pissa"])
+def test_a_base_in_a_folder_is_named_so_that_it_is_found_from_anywhere(start, base, tmp_path, monkeypatch):
+    folder = base("llama")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    more = {"init": "pissa", "residual": "rest"} if start == "pissa" else {}
+    loratool.init("base", "new", **more)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if start == "kaiming":
+        assert run_main("merge", "../new", "-o", "merged", "--allow-noop") == 0
+        assert snapshot(tmp_path / "elsewhere/merged")["model.safetensors"] == snapshot(folder)["model.safetensors"]
+    else:
+        assert run_main("merge", "../new", "-o", "merged") == 0
+        told = json.loads((tmp_path / "new/initial/adapter_config.json").read_text())
+        assert Path(told["base_model_name_or_path"]).samefile(folder)
+
+
+def test_the_share_of_the_norm_of_all_weights(base, model, tmp_path):
+    report = pissa(base("llama"), tmp_path)
+    weights = [
+        m.weight.detach().double() for n, m in model("llama").named_modules() if n.endswith(("q_proj", "v_proj"))
+    ]
+    kept = sum(float(torch.linalg.svdvals(w)[:4].square().sum()) for w in weights)
+    wanted = math.sqrt(kept / sum(float(w.square().sum()) for w in weights))
+    assert report.totals["share_of_norm"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_initial_adapter_of_another_is_refused_with_where_the_right_one_is(trained, tmp_path):
+    loratool.init(trained[0], tmp_path / "n2", init="pissa", residual=tmp_path / "r2", rank=4, alpha=6, preset="mlp")
+    with pytest.raises(MismatchError, match="other modules") as refusal:
+        loratool.convert(tmp_path / "trained", tmp_path / "x", to="peft", init_adapter=tmp_path / "n2/initial")
+    assert "initial" in refusal.value.hint
+
+
+def test_convert_says_what_became_of_the_ranks(trained, tmp_path):
+    report = loratool.convert(tmp_path / "trained", tmp_path / "x", to="peft", init_adapter=tmp_path / "new/initial")
+    ranks = {len(t) for n, t in tensors(tmp_path / "x").items() if "lora_A" in n}
+    assert ranks == {8}
+    assert any("rank 4 became 8 in 8" in f.what for f in report.findings)
 
 
 def test_a_residual_that_is_in_the_way_is_found_before_anything_is_written(base, tmp_path):

@@ -95,7 +95,7 @@ def test_not_a_number_is_never_written() -> None:
 
 def test_a_duplicate_among_very_many_keys_is_found_at_once() -> None:
     raw = "{" + ",".join(f'"k{n}": 0' for n in range(20_000)) + ',"k19999": 1}'
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(FormatError, match="duplicate key 'k19999'"):
         jsonfile.parse(raw, "x")
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1

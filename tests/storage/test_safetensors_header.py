@@ -275,6 +275,8 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS"),
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"<html><head></head></html>", "web page"),
+        (b'{"model_type": "llama"}', "this is JSON"),
+        (b'{\n  "model_type": "llama"\n}', "this is JSON"),
     ],
 )
 def test_what_often_lies_in_place_of_weights_is_named(content: bytes, told: str, tmp_path: Path) -> None:
@@ -365,10 +367,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(tmp_path: 
 def test_a_tensor_of_very_many_dimensions_is_refused_shortly_and_at_once(tmp_path: Path, size: int) -> None:
     made = {"a": entry("F32", [size] * 40_000, [0, 4 if size == 1 else 0])}
     (tmp_path / "x").write_bytes(file_of(json.dumps(made), bytes(4 if size == 1 else 0)))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(FormatError, match="'a' has 40,000 dimensions") as caught:
         ours.read_header(tmp_path / "x")
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
