@@ -192,7 +192,8 @@ class Adapter:
             what = f"{self.changed_base} changed the base model before training; this adapter fits that base only"
             hint = "--init-adapter FOLDER: the adapter as it was saved before training, or the folder `initial` of init"
             if self.residual:
-                hint = f"merge it into {self.residual}, without --init-adapter; for the original base {hint}"
+                here = f"merge it into {self.residual}, without --init-adapter (convert and combine: --base)"
+                hint = f"{here}; for the original base {hint}"
             errors.append(Finding("error", "init_lora_weights", what, hint))
         if errors:
             shown, more = gathered(errors)

@@ -38,6 +38,7 @@ from loratool.opening import (
     with_shared_downs,
 )
 from loratool.operations.ranks import optional_ranking, ranking
+from loratool.operations.residual import into_residual
 from loratool.plan import Plan, Report
 from loratool.publishing import finish
 from loratool.settings import Applied, Extracting, Publishing, Resizing, Settings, StrPath, split
@@ -259,7 +260,9 @@ def resize(
         yardstick = checkpoint.open_base(str(relative_to), allow_pickle=reading.get("allow_pickle", False))
         family, _ = family_of(yardstick, reading.pop("arch", ""), running)
         reading["arch"] = family
-    opened = to_rewrite(adapter, init_adapter, reading, target, (*globs(exclude), *globs(drop)))
+    less = (*globs(exclude), *globs(drop))
+    keeps_base = not str(out).endswith(".safetensors")  # in a folder the config names it
+    opened = to_rewrite(adapter, init_adapter, reading, target, less, keeps_base=keeps_base)
     format = plugins_of(running).format(opened.origin.format)
     plan = operation.plan(
         opened,
@@ -314,12 +317,14 @@ def combine(
     weights = weights_for(adapters, weights)
     common = Applied("", 1.0, scales or {}, globs(target), globs(exclude), init_adapter)
     weighted, architecture = applied_together(adapters, weights, common, reading)
+    weighted = operation.normalised(weighted) if normalize else weighted
+    of_base = into_residual(str(base), weighted) if base else []
     formats = sorted({w.adapter.origin.format for w in weighted})
     if len(formats) > 1 and not to:
         raise UsageError(f"the adapters are in the formats {' and '.join(formats)}", hint=f"--to {formats[0]}")
     format = plugins_of(running).format(to or formats[0])
     plan = operation.plan(
-        operation.normalised(weighted) if normalize else weighted,
+        weighted,
         operation.steps_of(weighted),
         operation.Choice(chosen, given, rule, pad_rank, dtype),
         architecture,
@@ -328,6 +333,7 @@ def combine(
         allow_different_bases=allow_different_bases,
         allow_disjoint=allow_disjoint,
     )
+    plan.preview.findings += of_base
     paths = [w.adapter.origin.path for w in weighted]
     plan.preview.sources |= {f"adapter {n + 1}": path for n, path in enumerate(paths)}
     return finish(plan, paths, out, **running)

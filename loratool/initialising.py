@@ -171,7 +171,7 @@ class _Residual(NamedTuple):
         made = operation.plan(
             self.base, self.architecture, terms, out_name=self.out.name, as_nf4=loftq, allow_noop=loftq
         )
-        residual = Residual.new(self.start.init, self.base.path, self.of)
+        residual = Residual.new(self.start.init, self.base.path, self.adapter, self.of)
         made.preview.totals |= {"residual_of": self.base.path, "initial": str(initial), "init": self.start.init}
         made.preview.sources["base"] = self.called
         if made.single_file:
@@ -203,13 +203,13 @@ def _with_residual(plan: Plan, less: _Residual, inputs: Sequence[StrPath], runni
         problem.hint = problem.hint.replace("another -o", "another --residual")
         raise
     plan.preview.totals["residual"] = str(less.out)
-    before, is_written = _identity(less.of), False
+    before, replaced = _identity(less.of), _identity(less.out)
+    written: list[tuple[int, int] | None] = []
 
     def settle(facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
-        nonlocal is_written
         settled = plan.settle(facts, spooled)
         done, report = finish(less.plan(spooled), inputs, less.out, **running), settled.report
-        is_written = True
+        written.append(_identity(less.out))
         if less.start.init == "pissa":
             report.totals["residual_rounding"] = done.totals["rounding"]
         report.findings += [f for f in done.findings if f not in report.findings and f.level != "info"]
@@ -218,9 +218,16 @@ def _with_residual(plan: Plan, less: _Residual, inputs: Sequence[StrPath], runni
 
     try:
         return finish(replace(plan, settle=settle), inputs, less.of, **running)
-    except BaseException:
-        if is_written and _identity(less.of) == before:
-            shutil.rmtree(less.out, ignore_errors=True)
+    except BaseException as problem:
+        if written and _identity(less.of) == before and written[0] == _identity(less.out):
+            if replaced is not None and isinstance(problem, LoratoolError):
+                problem.hint += f"; {less.out} is new, and {less.of} is not of it: make both again"
+            elif replaced is not None:
+                pass  # the old one is gone, and the new one is better than none
+            elif less.out.is_dir():
+                shutil.rmtree(less.out, ignore_errors=True)
+            else:
+                less.out.unlink(missing_ok=True)
         raise
 
 

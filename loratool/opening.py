@@ -107,15 +107,21 @@ def to_rewrite(
     exclude: str | Sequence[str],
     *,
     drop_unmapped: bool = False,
+    keeps_base: bool = False,
 ) -> Adapter:
-    """Open an adapter that is to be written anew: sound, less what it started from, and only the chosen modules."""
+    """Open an adapter that is to be written anew: sound, less what it started from, and only the chosen modules.
+
+    `keeps_base`: what is written goes on naming the base, so that one of a residual stays one.
+    """
     arch = reading.get("arch", "") if isinstance(given, Adapter) else ""
     family = plugins_of(reading).architecture(arch) if arch and isinstance(arch, str) else arch or None
-    opened = _opened(given, family, reading)
+    opened = of_residual(_opened(given, family, reading), str(reading.get("base") or ""), ask=True)
     if drop_unmapped:
         opened = opened.without_unmapped()
     if init_adapter:
         opened = without_initial(opened, open_adapter(init_adapter, **reading))
+    elif keeps_base and opened.residual:
+        opened = replace(opened, changed_base="", residual="")
     return opened.require_sound().selected(globs(target), globs(exclude))
 
 
@@ -151,6 +157,8 @@ def to_compare(
     if init_adapter:
         initial, changed = open_adapter(init_adapter, **reading), any(a.changed_base for a in opened)
         opened = [without_initial(a, initial) if a.changed_base or not changed else a for a in opened]
+    elif opened[0].residual and len({a.residual for a in opened}) == 1:  # what they did to one base can be compared
+        opened = [replace(a, changed_base="", residual="") for a in opened]
     return selected_together([a.require_sound() for a in opened], globs(target), globs(exclude))
 
 
@@ -186,11 +194,11 @@ def _applied(
     factors = (weight * own.weight, *own.scales.values(), *common.scales.values())
     if not all(isinstance(f, (int, float)) and isfinite(f) for f in factors):
         raise UsageError(f"the weights {factors} are not all numbers", hint="an adapter's weight is such as 0.7")
-    adapter = _opened(own.path, architecture, reading)
+    adapter = of_residual(_opened(own.path, architecture, reading), str(reading.get("base") or ""), ask=True)
     initial = own.init_adapter or common.init_adapter
     if initial:
         adapter = without_initial(adapter, _opened(initial, architecture, reading))
-    adapter = adapter.require_sound().selected(own.target, own.exclude)
+    adapter = adapter.require_sound().selected(globs(own.target), globs(own.exclude))
     weighted = Weighted(adapter, weight * own.weight, tuple(own.scales.items()))
     weighted.require_used(own.scales)
     return weighted
@@ -205,9 +213,9 @@ def applied_to_base(
 ) -> tuple[list[Weighted], list[Finding]]:
     """Open adapters for a merge into a base, which `reading` names, and say what is wrong where it is a residual."""
     base = str(reading["base"])
-    for one in given if residual_in(base) else ():
-        own = one if isinstance(one, Applied) else Applied(one)
-        if own.init_adapter or common.init_adapter:
+    every = [one if isinstance(one, Applied) else Applied(one) for one in given]
+    if residual_in(base) and all(own.init_adapter or common.init_adapter for own in every):
+        for own in every:
             refuse_start(base, _opened(own.path, architecture, reading))
     opened = applied(given, weights, common, architecture, reading)
     return opened, into_residual(base, opened)

@@ -42,7 +42,7 @@ def without_initial(adapter: Adapter, initial: Adapter) -> Adapter:
             raise MismatchError(what, where=initial.origin.path, hint=_WHICH)
         deltas[target] = (*found, *(_negative(d) for d in before))
     findings = list(adapter.findings)
-    if adapter.changed_base.lower() == "loftq":
+    if (adapter.changed_base or initial.changed_base).lower() == "loftq":
         what = "LoftQ also quantised the base: what that changed is no part of the adapter and is not taken over"
         findings.append(Finding("warning", adapter.origin.path, what))
     return replace(

@@ -9,71 +9,95 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from loratool.adapter import Adapter, Finding, Weighted
-from loratool.errors import LoratoolError, MismatchError
+from loratool.adapter import Adapter, Finding, Target, Weighted
+from loratool.errors import HubError, MismatchError, StorageError, UsageError
 from loratool.operations.touched import is_base
 from loratool.plan import JsonFile
 from loratool.storage import jsonfile, location
 
 MARK = "loratool_residual.json"
+_FIELDS = ("init", "residual_of", "adapter", "start")
 CHANGING = {"pissa": "PiSSA", "loftq": "LoftQ"}  # the starts that change the base, and what people call them
 
 
 class Residual(NamedTuple):
-    """The rest of the base `of` less what `adapter` starts from, made with `init`; names, not paths."""
+    """The rest of the base `of` less what `adapter` starts from, made with `init`; names, not paths.
+
+    `start` is a digest of what training leaves as it was: the modules of the adapter and their ranks.
+    """
 
     init: str
     of: str
     adapter: str
+    start: str
 
     def __str__(self) -> str:
         return f"the {CHANGING.get(self.init, self.init)} residual of {self.of}"
 
     @classmethod
-    def new(cls, init: str, base: str, adapter: Path) -> Residual:
+    def new(cls, init: str, base: str, adapter: Adapter, out: Path) -> Residual:
         """Describe the residual of a base that was given as `base`: a folder is called by its last name."""
         named = location.name_in_configs(base)
-        return cls(init, Path(named).resolve().name if Path(named).exists() else named, adapter.resolve().name)
+        of = Path(named).resolve().name if Path(named).exists() else named
+        return cls(init, of, out.resolve().name, _start_of(adapter))
 
     @property
     def file(self) -> JsonFile:
         """The file that says so."""
-        return JsonFile(MARK, {"init": self.init, "residual_of": self.of, "adapter": self.adapter})
+        return JsonFile(MARK, dict(zip(_FIELDS, self, strict=True)))
 
 
 def residual_in(source: str, *, ask: bool = True) -> Residual | None:
     """Return what a model is the residual of; None where it is none, or not to be found.
 
-    `ask` looks for names of the Hub there.
+    `ask` looks for names of the Hub there. FormatError where the file that says so is damaged.
     """
-    with suppress(LoratoolError, OSError, ValueError):  # it may be only a name in a config
+    with suppress(HubError, StorageError, UsageError, OSError, ValueError):  # it may be only a name in a config
         if not Path(source).exists() and not ask:
             return None
         place = location.place(source)
         file = (place if place.is_dir() else place.parent) / MARK
-        if file.is_file():
+        if place.exists() and file.is_file():
             told = jsonfile.read(file)
-            return Residual(*(str(told.get(name) or "")[:200] for name in ("init", "residual_of", "adapter")))
+            return Residual(*(str(told.get(name) or "")[:200] for name in _FIELDS))
     return None
 
 
-def of_residual(adapter: Adapter, base: str) -> Adapter:
-    """Return an adapter that was trained on a residual as one of a changed base, unless `base` is that residual."""
+def of_residual(adapter: Adapter, base: str, *, ask: bool = False) -> Adapter:
+    """Return an adapter that was trained on a residual as one of a changed base, unless `base` is that residual.
+
+    On the Hub the base that an adapter names is looked for where there is a `base`, or with `ask`.
+    """
     named = adapter.base_model
     if not named or (adapter.changed_base and not adapter.residual):
         return adapter
     if base and _is_same(named, base):
         return replace(adapter, changed_base="", residual="")
-    ask = location.is_remote(adapter.origin.path) or bool(base and location.is_remote(base))
-    found = residual_in(named, ask=ask)
-    if found is None or adapter.residual:
+    found = residual_in(named, ask=(ask or bool(base)) and _asks(adapter, base))
+    if found is None:
+        return adapter
+    if base and residual_in(base) == found:  # a copy
+        return replace(adapter, changed_base="", residual="", base_model=base)
+    if adapter.residual:
         return adapter
     note = Finding("info", "base_model_name_or_path", f"{named} is {found}: the adapter fits that base only")
     findings = (*adapter.findings, note)
     return replace(adapter, changed_base=found.init or "pissa", residual=named, findings=findings)
+
+
+def _asks(adapter: Adapter, base: str) -> bool:
+    """Whether the base that an adapter names is worth a request: where something else is on the Hub already."""
+    return location.is_remote(adapter.origin.path) or location.is_remote(base)
+
+
+def _start_of(adapter: Adapter) -> str:
+    """Return the digest of an adapter's modules and their ranks."""
+    ranks = sorted((str(target), [delta.rank for delta in found]) for target, found in adapter.deltas.items())
+    return sha256(repr(ranks).encode()).hexdigest()[:16]
 
 
 def _is_same(named: str, given: str) -> bool:
@@ -103,9 +127,16 @@ def into_residual(base: str, adapters: Sequence[Weighted]) -> list[Finding]:
     found = residual_in(base)
     if found is None:
         return []
-    began = [w for w in adapters if _began(w.adapter, base, found)]
-    unknown = [w.adapter for w in adapters if _began(w.adapter, base, found) is None]
+    whole = [w for w in adapters if not any(name.startswith("initial ") for name in w.adapter.tensors)]
+    named = [w for w in whole if _began(w.adapter, base, found)]
+    unknown = [w.adapter for w in whole if _began(w.adapter, base, found) is None]
+    began = [w for w in named if w.adapter.skipped or found.start in ("", _start_of(w.adapter))]
     told = f"{base} is {found}: it lacks what {found.adapter or 'the new adapter'} starts from"
+    if named and not began:  # resized or combined since, or of another start
+        what = f"{told}, and this adapter has other modules or ranks"
+        hint = "right for what was resized or combined since; wrong for an earlier residual of the same name"
+        findings = [Finding("warning", w.adapter.origin.path, what, hint) for w in named]
+        return [*findings, *_counted(named, base, found)]
     if not began and not unknown:
         raise MismatchError(
             f"{told}, and the adapter is one of {adapters[0].adapter.base_model}" if adapters else told,
@@ -126,6 +157,9 @@ def _began(adapter: Adapter, base: str, found: Residual) -> bool | None:
     named = adapter.base_model
     if named and _is_same(named, base):
         return True
+    own = residual_in(named, ask=_asks(adapter, base)) if named else None
+    if own is not None or (named and Path(named).exists()):
+        return own == found
     as_this, as_original = bool(named) and is_base(named, base), bool(named) and is_base(named, found.of)
     return None if as_this == as_original else as_this
 
@@ -134,14 +168,17 @@ def _counted(began: Sequence[Weighted], base: str, found: Residual) -> list[Find
     """Warn where a start comes back other than once; refuse several that do not make up one."""
     first = began[0].adapter.origin.path
     learnt = f"loratool merge {found.of} {first}{{}} --init-adapter {found.adapter}/initial"
-    weights = [w.of(target) for w in began for target in w.adapter.deltas]
-    total = sum(w.weight for w in began)
-    if len(began) > 1 and abs(total - 1) > 1e-6:
-        what = f"{len(began)} adapters bring back what {base}, {found}, lacks: it would count {total:g} times"
-        raise MismatchError(
-            what, where=first, hint=f"let their weights sum to 1; or {learnt.format(' ...')}, for each of them"
-        )
-    if len(began) == 1 and any(abs(weight - 1) > 1e-6 for weight in weights):
+    counts: dict[Target, float] = {}
+    for w in began:
+        for target in w.adapter.deltas:
+            counts[target] = counts.get(target, 0.0) + w.of(target)
+    odd = [count for count in counts.values() if abs(count - 1) > 1e-6]
+    if len(began) > 1 and odd:
+        what = f"{len(began)} adapters bring back what {base}, {found}, lacks: it would count {odd[0]:g} times"
+        hint = f"let their weights sum to 1, in every module; or {learnt.format(' ...')}, for each of them. Where one "
+        hint += "was trained on top of another, merge that first; then base_model_name_or_path has to name the result"
+        raise MismatchError(what, where=first, hint=hint)
+    if odd:
         scale = f"{began[0].weight:g}" if not began[0].scales else "W"
         what = f"a weight other than 1 on {found} scales the start, too, a part of the base"
         return [Finding("warning", first, what, f"{learnt.format(f':{scale}')} scales only what was learnt")]

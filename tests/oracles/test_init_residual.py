@@ -263,3 +263,103 @@ def test_on_the_hub_they_behave_as_here(hub: Hub, made, tmp_path):
     assert is_trained(tmp_path / "out", made)
     loratool.merge("me/original", "me/adapter", tmp_path / "two", init_adapter=made.new / "initial")
     assert is_trained(tmp_path / "two", made)
+
+
+# -- What may be done with copies, and with several -------------------------------------------------------------------
+
+
+def test_a_copy_of_the_residual_is_the_residual(hub: Hub, made, tmp_path):
+    """Copied, renamed, saved again with its mark, pushed, pulled: while the first one is still there, and later."""
+    shutil.copytree(made.rest, tmp_path / "renamed")
+    LlamaForCausalLM.from_pretrained(made.rest).save_pretrained(tmp_path / "saved")
+    shutil.copy(made.rest / "loratool_residual.json", tmp_path / "saved")
+    loratool.push(made.rest, to="me/rest")
+    config = json.loads((made.trained / "adapter_config.json").read_text())
+    shutil.copytree(made.trained, tmp_path / "of-hub")
+    (tmp_path / "of-hub/adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "me/rest"}))
+    loratool.push(tmp_path / "of-hub", to="me/trained")
+    loratool.pull("me/rest", tmp_path / "pulled")
+    pairs = [(tmp_path / "renamed", made.trained), (tmp_path / "saved", made.trained), ("me/rest", made.trained)]
+    pairs += [(made.rest, "me/trained"), (tmp_path / "pulled", "me/trained"), ("me/rest", "me/trained")]
+    for n, (rest, trained) in enumerate(pairs):
+        assert not warned(loratool.merge(rest, [trained], tmp_path / f"out{n}")), (rest, trained)
+        assert is_trained(tmp_path / f"out{n}", made)
+
+
+def test_a_plain_adapter_of_another_model_of_the_same_name_is_refused(made, tmp_path):
+    other = tmp_path / "elsewhere/rest"
+    shutil.copytree(made.base, other)
+    loratool.init(other, tmp_path / "plain", rank=4)
+    with pytest.raises(MismatchError, match="lacks what new starts from"):
+        loratool.merge(made.rest, [tmp_path / "plain"], tmp_path / "out")
+
+
+def test_an_adapter_of_an_earlier_residual_of_the_same_name_is_warned_of(made, tmp_path):
+    loratool.init(made.base, made.new, init="pissa", residual=made.rest, rank=8, force=True)
+    assert any("earlier residual" in text for text in warned(loratool.merge(made.rest, made.trained, tmp_path / "out")))
+
+
+def test_adapters_of_one_residual_are_compared_and_resized(made, tmp_path):
+    report = loratool.compare(made.trained, made.new)
+    assert report.totals["equal"] is False
+    loratool.resize(made.trained, tmp_path / "same", rank=4)
+    report = loratool.merge(made.rest, tmp_path / "same", tmp_path / "out")
+    assert is_trained(tmp_path / "out", made)
+    with pytest.raises(LoratoolError, match="before training"):
+        loratool.merge(made.base, tmp_path / "same", tmp_path / "none")
+
+
+def test_the_start_counts_once_in_combinations_and_by_module(made, tmp_path):
+    shutil.copytree(made.trained, tmp_path / "two")
+    both = [made.trained, tmp_path / "two"]
+    with pytest.raises(MismatchError, match="count 2 times"):
+        loratool.combine(both, tmp_path / "sum", base=made.rest)
+    with pytest.raises(MismatchError, match=r"count 0\.5 times"):
+        loratool.merge(made.rest, both, tmp_path / "out", weights=[0.5, 0.5], scales={"q_proj": 0.5})
+    loratool.combine(both, tmp_path / "mean", base=made.rest, weights=[0.5, 0.5])
+    loratool.merge(made.rest, tmp_path / "mean", tmp_path / "merged")
+    assert is_trained(tmp_path / "merged", made)
+
+
+def test_what_another_learnt_is_added_to_the_residual_with_its_adapter(made, tmp_path):
+    own = Applied(made.trained, init_adapter=made.new / "initial")
+    loratool.merge(made.rest, [made.trained, own], tmp_path / "out")
+    name = "model.layers.0.self_attn.q_proj"
+    W, R = (load_file(folder / "model.safetensors")[f"{name}.weight"].double() for folder in (made.base, made.rest))
+    factors = load_file(made.trained / "adapter_model.safetensors")
+    A, B = (factors[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "AB")
+    wanted = R + 1.5 * B @ A + (1.5 * B @ A - (W - R))
+    found = load_file(tmp_path / "out/model.safetensors")[f"{name}.weight"].double()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_loftq_says_what_is_not_taken_over_where_the_residual_is_gone(tiny, tmp_path):
+    made = make(tmp_path, tiny, "loftq")
+    shutil.rmtree(made.rest)
+    report = loratool.merge(made.base, made.trained, tmp_path / "out", init_adapter=made.new / "initial")
+    assert any("quantised the base" in text for text in warned(report))
+
+
+def test_a_damaged_mark_is_not_no_mark(made, tmp_path):
+    (made.rest / "loratool_residual.json").write_text("{broken")
+    with pytest.raises(LoratoolError, match="JSON"):
+        loratool.merge(made.rest, made.trained, tmp_path / "out")
+
+
+def test_an_old_residual_is_not_lost_with_the_new_adapter(made, tmp_path, monkeypatch):
+    """Where the adapter cannot be published after its residual was: a residual stays, and that it is new is said."""
+    from loratool.storage import target
+
+    publish = target.publish
+
+    def refuse(source: Path, out: Path, force: bool) -> None:
+        if out == made.new:
+            raise OSError(28, "No space left on device")
+        publish(source, out, force)
+
+    monkeypatch.setattr(target, "publish", refuse)
+    with pytest.raises(LoratoolError) as caught:
+        loratool.init(made.base, made.new, init="pissa", residual=made.rest, rank=8, force=True)
+    assert "make both again" in caught.value.hint
+    assert (made.rest / "model.safetensors").is_file()
+    assert (made.new / "adapter_config.json").is_file()
