@@ -27,7 +27,7 @@ from tiny_files import (
 import loratool
 from loratool.adapter import Finding
 from loratool.engine import Resources
-from loratool.errors import FormatError, MismatchError, UsageError
+from loratool.errors import FormatError, InputError, MismatchError, UsageError
 from loratool.plan import Report
 
 Q = "model.layers.{}.self_attn.q_proj"
@@ -433,7 +433,7 @@ def test_models_and_adapters_are_told_apart(tmp_path: Path) -> None:
         assert "--base" in caught.value.hint
     with pytest.raises(UsageError, match="this is an adapter"):
         loratool.inspect(adapter, check=True, base=base)
-    with pytest.raises(UsageError, match="this is an adapter, and a model is needed"):
+    with pytest.raises(InputError, match="this is an adapter, and a model is needed"):
         loratool.inspect(base, check=True, base=adapter)
     write_base(tmp_path / "other", {"x.weight": torch.ones(2, 2)})
     with pytest.raises(MismatchError, match="no tensor in common"):
