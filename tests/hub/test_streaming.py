@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from random import Random
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -365,3 +367,12 @@ def test_a_signed_address_is_in_no_log(hub: Hub, pair, tmp_path, caplog):
     loratool.merge("org/base", ["me/adapter"], tmp_path / "fetched")
     assert "Error while downloading" in caplog.text
     assert "signature" not in caplog.text
+
+
+def test_a_mirror_may_have_etags_of_its_own(hub: Hub, pair, tmp_path, monkeypatch):
+    asked = huggingface_hub.get_hf_file_metadata
+    told = lambda *words, **names: replace(asked(*words, **names), etag="0f3a-of-the-mirror")  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", told)
+    with loratool.streaming():
+        loratool.merge("org/base", ["me/adapter"], tmp_path / "out")
+    assert (tmp_path / "out/config.json").is_file()
