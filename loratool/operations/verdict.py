@@ -141,7 +141,7 @@ def in_words(measure: Measure, word: str, modules: Sequence[str]) -> str:
     if cosine is None:
         unknown = "not the same; how far the updates are apart is not known without the base"
         return "one of the two does nothing" if any(measure.energy) else unknown
-    kept = 1 + 2 * measure.inner / sum(measure.energy)
+    kept = max(0.0, 1 + 2 * measure.inner / sum(measure.energy))  # rounding may leave less than nothing
     meeting = "" if overlap is None else f"{100 * overlap:.2g} % of the energy lies where both act"
     line = {
         "opposed": f"they fight: added up they keep {100 * kept:.0f} % of their energy",
