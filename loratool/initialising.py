@@ -57,7 +57,7 @@ def init(
 
     `preset` ("default", "attention", "mlp", "all-linear"), `target` and `exclude` choose the modules; `rank` is 8 and
     `alpha` 16, but for the modules of the patterns in `rank_for` and `alpha_for`. `like` is an adapter that has all of
-    this already. `init`: "kaiming", "gaussian", or "pissa" or "loftq", which also write the base that they leave to
+    this already. `init`: "kaiming" or "gaussian"; or "pissa" or "loftq", which also write the base that they leave to
     `residual`; LoftQ quantises and factorises `loftq_iterations` times.
     """
     from loratool.operations import init as operation
@@ -219,15 +219,11 @@ def _with_residual(plan: Plan, less: _Residual, inputs: Sequence[StrPath], runni
     try:
         return finish(replace(plan, settle=settle), inputs, less.of, **running)
     except BaseException as problem:
-        if written and _identity(less.of) == before and written[0] == _identity(less.out):
-            if replaced is not None and isinstance(problem, LoratoolError):
-                problem.hint += f"; {less.out} is new, and {less.of} is not of it: make both again"
-            elif replaced is not None:
-                pass  # the old one is gone, and the new one is better than none
-            elif less.out.is_dir():
-                shutil.rmtree(less.out, ignore_errors=True)
-            else:
-                less.out.unlink(missing_ok=True)
+        is_alone = written and _identity(less.of) == before and written[0] == _identity(less.out)
+        if is_alone and replaced is None:
+            shutil.rmtree(less.out) if less.out.is_dir() else less.out.unlink()
+        elif is_alone and isinstance(problem, LoratoolError):  # the old one is gone: the new one is better than none
+            problem.hint += f"; {less.out} is new, and {less.of} is not of it: make both again"
         raise
 
 

@@ -22,15 +22,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-#: Files of few and long tests: they come first, so that no worker is left alone with one of them at the end.
-_LONG = ("test_docs", "test_interruptions", "test_recipes", "test_demo", "test_verbs")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; what is in them keeps its order."""
-    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
-
-
 def _llama(cls: str = "LlamaForCausalLM", **overrides: Any) -> Any:
     import transformers
 
