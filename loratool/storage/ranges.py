@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -59,6 +59,7 @@ class Ranges:
                 one.result()
         except BaseException:
             left.set()
+            wait(asked)  # none writes into a view that its owner has back
             raise
 
     def _copy_blocks(self, view: memoryview, offset: int) -> None:

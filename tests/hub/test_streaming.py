@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +30,8 @@ from tiny_files import (
 import loratool
 from loratool.errors import FormatError, HubError, LoratoolError, UsageError
 from loratool.storage import checkpoint, ranges, remote
+from loratool.storage.hub import RemoteFile
+from loratool.storage.hub_names import HubName
 from loratool.storage.load import Loader
 from loratool.testing.hub import Hub
 
@@ -344,6 +347,26 @@ def test_a_store_that_refuses_is_not_taken_for_the_hub(hub: Hub, pair, tmp_path)
     with loratool.streaming(), pytest.raises(HubError, match="store of its large files refuses") as caught:
         loratool.merge(base, [adapter], tmp_path / "out")
     assert "log in" not in caught.value.hint
+
+
+def test_after_a_failure_no_worker_is_left_that_writes_into_the_memory(hub: Hub, pair, monkeypatch):
+    """The owner of the memory has it back, and may read something else into it."""
+
+    def answer(self: ranges.Ranges, address: str, start: int, stop: int) -> Iterator[bytes]:
+        if start == 0:
+            raise HubError("no", where=self.name)
+        threading.Event().wait(0.3)
+        yield b"x" * (stop - start)
+
+    file = hub.repos["org/base"].at("main").files["model-00001-of-00003.safetensors"]
+    name = HubName("org/base", hub.head("org/base"), "model-00001-of-00003.safetensors")
+    monkeypatch.setattr(ranges.Ranges, "_answer", answer)
+    memory = bytearray(2000)
+    with pytest.raises(HubError, match="no"):
+        ranges.Ranges(name, RemoteFile(len(file.data), file.oid)).read_into(memoryview(memory), 0)
+    seen = bytes(memory)
+    threading.Event().wait(0.6)
+    assert bytes(memory) == seen
 
 
 def test_alphas_all_over_a_large_file_bring_nothing_here(hub: Hub, tmp_path, monkeypatch):
