@@ -20,7 +20,7 @@ from loratool.operations.init import INITIAL, INITS, Start
 from loratool.operations.residual import CHANGING, Residual, residual_in
 from loratool.operations.survey import PRESETS
 from loratool.operations.trainable import Wish
-from loratool.plan import Facts, Plan, Report, Settled, Spooled
+from loratool.plan import Facts, Plan, Report, Settled, Spooled, TensorFile
 from loratool.publishing import finish
 from loratool.settings import Running, StrPath
 from loratool.storage import checkpoint
@@ -173,9 +173,9 @@ class _Residual(NamedTuple):
         )
         residual = Residual.new(self.start.init, self.base.path, self.adapter, self.of)
         made.preview.totals |= {"residual_of": self.base.path, "initial": str(initial), "init": self.start.init}
-        made.preview.sources["base"] = self.called
+        made.preview.verb, made.preview.sources["base"] = "init", self.called
         if made.single_file:
-            return made
+            return replace(made, files=tuple(residual.marked(f) for f in made.files if isinstance(f, TensorFile)))
         beside = (residual.file, residual_card(self.base, residual))
         made.preview.files = list(dict.fromkeys([*made.preview.files, *(file.name for file in beside)]))
         names = [file.name for file in beside]

@@ -6,6 +6,7 @@ The heavy imports are inside the functions, so that tests which need no model st
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,13 @@ settings.load_profile("any machine")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the network must fail, not wait
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let what a test draws depend on no test that ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def _llama(cls: str = "LlamaForCausalLM", **overrides: Any) -> Any:

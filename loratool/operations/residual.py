@@ -1,25 +1,28 @@
 """What PiSSA and LoftQ left of a base: how it is known for that wherever it goes, and which adapters may go into it.
 
-`init` puts a small file of its own beside the weights. It names no folders, and goes along when the folder is copied,
-pushed or fetched; what transformers saves after a merge is no residual any more, and has no such file.
+`init` puts a small file of its own beside the weights, or says it in the header of a single file. It names no folders,
+and goes along when the weights are copied, pushed or fetched; what comes of a merge is no residual any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from loratool import strictjson
 from loratool.adapter import Adapter, Finding, Target, Weighted
 from loratool.errors import HubError, MismatchError, StorageError, UsageError
 from loratool.operations.touched import is_base
-from loratool.plan import JsonFile
-from loratool.storage import jsonfile, location
+from loratool.plan import JsonFile, TensorFile
+from loratool.storage import jsonfile, location, safetensors
 
 MARK = "loratool_residual.json"
+FIELD = "loratool_residual"  # of a file's metadata
 _FIELDS = ("init", "residual_of", "adapter", "start")
 CHANGING = {"pissa": "PiSSA", "loftq": "LoftQ"}  # the starts that change the base, and what people call them
 
@@ -48,7 +51,15 @@ class Residual(NamedTuple):
     @property
     def file(self) -> JsonFile:
         """The file that says so."""
-        return JsonFile(MARK, dict(zip(_FIELDS, self, strict=True)))
+        return JsonFile(MARK, self._told)
+
+    def marked(self, file: TensorFile) -> TensorFile:
+        """Return a single file that says so in its header."""
+        return replace(file, metadata={**file.metadata, FIELD: json.dumps(self._told)}, header=None)
+
+    @property
+    def _told(self) -> dict[str, str]:
+        return dict(zip(_FIELDS, self, strict=True))
 
 
 def residual_in(source: str, *, ask: bool = True) -> Residual | None:
@@ -62,9 +73,15 @@ def residual_in(source: str, *, ask: bool = True) -> Residual | None:
         place = location.place(source)
         file = (place if place.is_dir() else place.parent) / MARK
         if place.exists() and file.is_file():
-            told = jsonfile.read(file)
-            return Residual(*(str(told.get(name) or "")[:200] for name in _FIELDS))
+            return _read(jsonfile.read(file))
+        if place.is_file() and place.suffix == ".safetensors":
+            told = safetensors.read_header(place).metadata.get(FIELD)
+            return _read(strictjson.parse(told, place)) if told else None
     return None
+
+
+def _read(told: Mapping[str, Any]) -> Residual:
+    return Residual(*(str(told.get(name) or "")[:200] for name in _FIELDS))
 
 
 def of_residual(adapter: Adapter, base: str, *, ask: bool = False) -> Adapter:

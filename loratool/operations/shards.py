@@ -11,6 +11,7 @@ from typing import NamedTuple
 from loratool import dtypes
 from loratool.operations.encoded import Codes, encoded_units
 from loratool.operations.panels import MergePanel, panels_of
+from loratool.operations.residual import FIELD
 from loratool.operations.touched import AllTouched, Touched
 from loratool.plan import Out, TensorFile, Unit
 from loratool.storage.checkpoint import Shard
@@ -69,9 +70,10 @@ def plan_shard(shard: Shard, output: Output, touched: AllTouched) -> tuple[Tenso
             refs.append(TensorRef(name, ref.shape, wanted))
             units += _panels(ref, name, output, wanted, blocks)
     header = shard.header
-    same = all(new.dtype == old.dtype for new, old in zip(refs, header.tensors, strict=True)) and header.raw
-    file = TensorFile(output.file, tuple(refs), header.metadata, header.raw if same else None)
-    return file, units
+    metadata = {name: value for name, value in header.metadata.items() if name != FIELD}  # merged, it is none any more
+    same = all(new.dtype == old.dtype for new, old in zip(refs, header.tensors, strict=True))
+    same = same and len(metadata) == len(header.metadata)
+    return TensorFile(output.file, tuple(refs), metadata, (header.raw or None) if same else None), units
 
 
 def _encoded_units(

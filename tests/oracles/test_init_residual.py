@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_files import run_main, snapshot
 from transformers import LlamaForCausalLM
@@ -126,6 +127,24 @@ def test_an_adapter_of_the_original_base_is_not_merged_into_the_residual(made, t
     loratool.merge(made.rest, [made.trained, tmp_path / "plain"], tmp_path / "both")
     loratool.merge(made.base, tmp_path / "plain", tmp_path / "twice", weights=[2.0])
     torch.testing.assert_close(logits(tmp_path / "both"), logits(tmp_path / "twice"), rtol=1e-3, atol=1e-4)
+
+
+def test_a_single_file_says_in_its_header_that_it_is_a_residual(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "base")
+    base = tmp_path / "base/model.safetensors"
+    loratool.init(base, tmp_path / "new", init="pissa", residual=tmp_path / "rest.safetensors", arch="llama")
+    rest = tmp_path / "elsewhere/moved.safetensors"
+    rest.parent.mkdir()
+    shutil.move(tmp_path / "rest.safetensors", rest)
+    loratool.init(tmp_path / "base", tmp_path / "kaiming")
+    with pytest.raises(MismatchError, match="PiSSA residual of model"):
+        loratool.merge(rest, tmp_path / "kaiming", tmp_path / "out.safetensors", arch="llama")
+    loratool.merge(rest, tmp_path / "new", tmp_path / "out.safetensors", arch="llama")
+    with safe_open(tmp_path / "out.safetensors", "pt") as merged, safe_open(base, "pt") as original:
+        assert merged.metadata() == original.metadata()
+        for name in original.keys():  # noqa: SIM118
+            torch.testing.assert_close(merged.get_tensor(name), original.get_tensor(name), rtol=1e-5, atol=1e-6)
+    assert not warned(loratool.init(tmp_path / "out.safetensors", tmp_path / "again", arch="llama"))
 
 
 def test_what_names_neither_is_warned_of(made, tmp_path):
