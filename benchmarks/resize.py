@@ -125,9 +125,11 @@ def _core(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
 
 def sdxl() -> Shapes:
-    """Return the transformers of the down blocks of SDXL's UNet, in diffusers' names: 248 of its 722 modules."""
+    """Return all of the transformers of SDXL's UNet, which are what kohya trains there, in diffusers' names."""
     shapes: Shapes = {}
     every = [(f"down_blocks.{n}.attentions.{m}", w, b) for n, w, b in ((1, 640, 2), (2, 1280, 10)) for m in (0, 1)]
+    every += [("mid_block.attentions.0", 1280, 10)]
+    every += [(f"up_blocks.{n}.attentions.{m}", w, b) for n, w, b in ((0, 1280, 10), (1, 640, 2)) for m in (0, 1, 2)]
     for place, width, blocks in every:
         shapes |= {f"{place}.{name}": (width, width) for name in ("proj_in", "proj_out")}
         for block in (f"{place}.transformer_blocks.{i}" for i in range(blocks)):

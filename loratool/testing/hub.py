@@ -162,16 +162,19 @@ class Hub:
     @property
     def url(self) -> str:
         """The address, for HF_ENDPOINT."""
-        return self._address(0)
+        return self._address("127.0.0.1", 0)
 
     @property
     def store(self) -> str:
-        """The address where large files are fetched from and sent to; no token may go there."""
-        return self._address(1)
+        """The address where large files are fetched from and sent to; no token may go there.
 
-    def _address(self, index: int) -> str:
+        Another host by name: huggingface_hub before 2.0 does not tell hosts apart by their ports.
+        """
+        return self._address("localhost", 1)
+
+    def _address(self, host: str, index: int) -> str:
         assert self._servers, "the Hub is not running: use it as a context manager"
-        return f"http://127.0.0.1:{self._servers[index].server_address[1]}"
+        return f"http://{host}:{self._servers[index].server_address[1]}"
 
     def environment(self, home: Path | str, token: str | None = TOKEN) -> dict[str, str]:
         """Return environment variables that point a new process to this Hub; caches go under `home`.
@@ -190,7 +193,7 @@ class Hub:
             "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
 
     # -- content ------------------------------------------------------------------------------------------------
