@@ -14,7 +14,7 @@ from loratool.dtypes import OUTPUT_DTYPES
 from loratool.engine import Resources
 from loratool.errors import InputError, UsageError
 from loratool.storage import checkpoint
-from loratool.storage.hub_names import is_address
+from loratool.storage.hub_names import is_address, parse
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -241,7 +241,10 @@ ranks = stack(
     _bound("--sv-fro", "kohya's rule: one more than keep this share of the Frobenius norm."),
     _bound("--sv-cumulative", "kohya's rule: one more than keep this share of the sum."),
     click.option("--max-rank", type=int, metavar="N", help="No rank above this one, whatever the rules say."),
-    rank_for("The rank of these modules, instead of the rules; the last that matches counts. The others need a rule."),
+    rank_for(
+        "The rank of these modules, instead of the rules; at most, with --budget or --max-rank. The last that matches "
+        "counts, and the others need a rule."
+    ),
     click.option(
         "--budget", metavar="SIZE", callback=_budget, help="Size of the whole adapter, such as 50MB: ranks share it."
     ),
@@ -315,10 +318,17 @@ def _publishing(kwargs: dict[str, Any]) -> Any:
     from loratool.settings import Publishing
 
     words = click.get_current_context().obj or []
-    shown = [word if is_address(word) or not Path(word).exists() else Path(word).name or word for word in words]
     names = ("private", "create_pr", "message", "licence")
-    command = f"loratool {' '.join(shown)}" if is_address(str(kwargs["out"])) else ""
+    command = f"loratool {' '.join(map(_less_folders, words))}" if is_address(str(kwargs["out"])) else ""
     return Publishing(**{name: kwargs.pop(name) for name in names}, command=command)
+
+
+def _less_folders(word: str) -> str:
+    """Return a word of the command, a path or a path with a weight as its last name."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    source = re.sub(r":[-+.\de]+$", "", value)
+    on_the_hub = is_address(value) or (parse(source) is not None and not checkpoint.exists(source))
+    return option + equals + (value if on_the_hub else Path(value).name or value)
 
 
 def shown(command: Callable[..., Any]) -> Callable[..., Any]:

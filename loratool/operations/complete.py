@@ -114,8 +114,8 @@ def _gaps(trained: set[str], *, layered: bool) -> set[str]:
                 present = {_number(parent) for parent in found}
                 absent = {n for n in range(max(present)) if n not in present}
                 found |= {kind.replace("#", str(n)) for n in absent if not _repeats(present)}
-    wanted = {f"{parent}.{leaf}" for kind, found in parents.items() for parent in found for leaf in leaves[kind]}
-    return wanted - trained
+    wanted = {(parent, leaf) for kind, found in parents.items() for parent in found for leaf in leaves[kind]}
+    return {f"{parent}.{leaf}" if parent else leaf for parent, leaf in wanted} - trained
 
 
 def _repeats(present: set[int]) -> bool:

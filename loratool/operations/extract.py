@@ -272,8 +272,9 @@ class _Ending:
     def settle(self, facts: Mapping[str, Facts], spooled: Spooled) -> Settled:
         """Write what the units found."""
         report, (architecture, format, _) = self.report, self.out
-        saved, left_out = judge(self.remaining, facts, report, self.savable, spooled)
         changed = [u for u in self.modules if not facts[u.key].get("same")]
+        names = [self.pairs[u.target][0].tensor for u in changed]
+        saved, left_out = judge(self.remaining, facts, report, self.savable, spooled, extracted=names)
         if not changed:
             report.findings += _nothing_changed(self.adapter.origin.path, allowed=self.allow_noop or bool(saved))
         found = [facts[u.key] for u in changed]

@@ -29,9 +29,9 @@ OF_THE_BASE = ("error", "ratio")  # what --relative-to changes, beside what is s
 class Rule:
     """How a rank is chosen. Each field is a bound from above; `rank_for` gives the modules of a pattern theirs instead.
 
-    `rank` is a number or "auto"; `energy` a share of the squared singular values, `error` a relative Frobenius error,
-    `ratio` sigma_1 / sigma_k, `cumulative` a share of their plain sum; `sv_*` are the rules of kohya's sd-scripts.
-    `budget` is the size in bytes of the whole adapter.
+    `max_rank` and `budget` bound these, too. `rank` is a number or "auto"; `energy` a share of the squared singular
+    values, `error` a relative Frobenius error, `ratio` sigma_1 / sigma_k, `cumulative` a share of their plain sum;
+    `sv_*` are the rules of kohya's sd-scripts. `budget` is the size in bytes of the whole adapter.
     """
 
     rank: int | str | None = None
@@ -93,7 +93,9 @@ class Rule:
     def of(self, target: Target) -> Rule:
         """Return the rule of one module: the last pattern of `rank_for` that selects it, or this."""
         own = [n for pattern, n in self.rank_for if _hits(pattern, target)]
-        return Rule(rank=own[-1]) if own else replace(self, rank_for=()) if self.rank_for else self
+        return (
+            Rule(rank=own[-1], max_rank=self.max_rank) if own else replace(self, rank_for=()) if self.rank_for else self
+        )
 
     def require_patterns_used(self, targets: Iterable[Target], where: str) -> None:
         """Raise MismatchError where a pattern of `rank_for` selects nothing."""

@@ -78,7 +78,7 @@ def told(facts: Sequence[Facts], residuals: Sequence[float]) -> tuple[list[dict[
     `weighted_error` is what a budget makes least: the root of the sum of all squared errors, each over |W|^2, relative
     to that of the updates.
     """
-    if not all(fact.get("base_norm") for fact in facts):
+    if not facts or not all(fact.get("base_norm") for fact in facts):
         return [{} for _ in facts], {}
     rows = [{"error_of_base": sqrt(r) / f["base_norm"]} for f, r in zip(facts, residuals, strict=True)]
     whole = sum(f["total"] * weight_of(f) for f in facts)

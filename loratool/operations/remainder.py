@@ -16,6 +16,7 @@ from loratool.architecture import Architecture
 from loratool.deltas import Delta, Full, Replace
 from loratool.errors import InputError
 from loratool.operations.meanings import Meanings
+from loratool.patterns import outline
 from loratool.plan import Emit, Facts, Load, Out, Report, Spooled
 from loratool.tensors import TensorRef, TensorSource
 
@@ -145,9 +146,18 @@ class Savable(NamedTuple):
 
 
 def judge(
-    units: Sequence[CompareRest], facts: Mapping[str, Facts], report: Report, savable: Savable, spooled: Spooled
+    units: Sequence[CompareRest],
+    facts: Mapping[str, Facts],
+    report: Report,
+    savable: Savable,
+    spooled: Spooled,
+    *,
+    extracted: Sequence[str],
 ) -> Rest:
-    """Name in the report what changed; keep of it what is savable: whole, or what was added to it."""
+    """Name in the report what changed; keep of it what is savable: whole, or what was added to it.
+
+    `extracted` are the names of the tensors that get factors.
+    """
     tuned, architecture, layers = savable.tuned, savable.architecture, savable.layers
     changed: dict[str, float] = {}
     for unit in units:
@@ -155,18 +165,19 @@ def judge(
     kept = [name for name in changed if name in savable.tensors]
     if savable.together & {*kept}:
         kept += sorted(savable.together & savable.tensors.keys() - {*kept})
+    claimed = [] if any(u.outs for u in units) else _claimed(kept, savable, extracted)
     left = [name for name in changed if name not in savable.tensors]
     meanings = Meanings(tuned, architecture)
     lacking = _lacking(meanings, layers)
+    bare = [name for name in kept if _is_bare(name, meanings.of[name].paths)]
     saved: dict[Target, tuple[Delta, ...]] = {}
     added = {}
     for unit in (u for u in units if u.outs and facts[u.key]["changed"]):
         name = unit.pairs[0][0].name
         added[name] = spooled(unit.outs[0].name, tuned.tensors[name].shape).renamed(name)
-    for name in kept:
-        module = name.rpartition(".")[0]
-        alone = f"{module}.weight" in layers and name != f"{module}.weight"
-        for sibling in [name] if alone or name in added else _tensors_of(module, tuned):
+    for name in (*kept, *claimed):
+        alone = _is_of_layer(name, layers) or name in bare
+        for sibling in [name] if alone or name in added else _tensors_of(name.rpartition(".")[0], tuned):
             component, paths = meanings.of[sibling][:2]
             for path, (_, ref) in zip(paths, meanings.parts(sibling, added.get(name)), strict=True):
                 delta = Full(ref) if name in added else Replace(ref)
@@ -175,14 +186,43 @@ def judge(
         what = f"{len(left)} changed tensors are not in the adapter: {_listed(left)}"
         report.findings.append(Finding("warning", "--rest skip" if not kept else "left out", what))
         report.totals["skipped_tensors"] = left
+    if bare and not added:
+        what = f"parameters that are no modules, which PEFT passes over when it loads them: {_listed(bare)}"
+        report.findings.append(Finding("warning", "--rest save", what, "loratool merge puts them in"))
     if kept:
         size = sum((added.get(name) or savable.tensors[name]).nbytes for name in kept)
         how = "as differences" if added else "whole"
         what = f"{len(kept)} tensors are in the adapter {how}, not as low-rank deltas ({size:,} bytes): {_listed(kept)}"
+        more = f"; and {len(claimed)} biases as they were: a config has one word for all biases" if claimed else ""
         report.totals["saved_bytes"] = size
-        report.findings.append(Finding("info", "--rest save", what))
+        report.findings.append(Finding("info", "--rest save", what + more))
         report.totals["saved_tensors"] = kept
     return Rest(saved, sum(changed[name] for name in left))
+
+
+def _is_of_layer(name: str, layers: Mapping[str, Target]) -> bool:
+    """Whether a tensor is the bias of a matrix that has factors, or could."""
+    weight = f"{name.rpartition('.')[0]}.weight"
+    return name != weight and weight in layers
+
+
+def _is_bare(name: str, paths: Sequence[str]) -> bool:
+    """Whether a tensor is no weight or bias of a module, but a parameter of its own: sinks, cls_token."""
+    leaf = name.rpartition(".")[2]
+    return leaf != "bias" and paths[0].rpartition(".")[2] == leaf
+
+
+def _claimed(kept: Sequence[str], savable: Savable, extracted: Sequence[str]) -> list[str]:
+    """Return the unchanged biases that belong into an adapter which has one bias of a layer.
+
+    PEFT's `bias: all` and `lora_only` say that every module's was trained, and `merge` misses those that are not there.
+    """
+    if not any(name.endswith(".bias") and _is_of_layer(name, savable.layers) for name in kept):
+        return []
+    kinds = {outline(name) for name in kept}
+    beside = {f"{name.removesuffix('.weight')}.bias" for name in extracted}
+    every = [name for name in savable.tensors if name.endswith(".bias") and name not in kept]
+    return [name for name in every if name in beside or outline(name) in kinds]
 
 
 def _tensors_of(module: str, tuned: TensorSource) -> list[str]:

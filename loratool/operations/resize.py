@@ -110,7 +110,7 @@ class _Ending:
         if self.rule.budget is not None:
             ranks = sizes.fitted(modules, self.rule.budget, lambda r: self._spelled(r, spooled, Report("resize")))
         _describe(report, units, found, ranks)
-        report.findings += _cut_short(self.rule, units, report.rows)
+        report.findings += _of_auto(self.rule, units, report.rows)
         if self.curve:
             everything = [replace(m, sigma=tuple(f["sigma"]), beyond=0.0) for m, f in zip(modules, found, strict=True)]
             report.totals["curve"] = sizes.curve(everything)
@@ -155,17 +155,24 @@ def _upsizing(rule: Rule, units: Sequence[ResizeModule]) -> list[Finding]:
     return [Finding("warning", f"--rank {rule.rank}", what, "--pad-rank fills ranks up with zeros")]
 
 
-def _cut_short(rule: Rule, units: Sequence[ResizeModule], rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Say so where --rank auto leaves out much: a flat spectrum has no bend that would tell signal from noise."""
-    auto = [row for u, row in zip(units, rows, strict=True) if u.rule.rank == AUTO and 1 - row["retained"] > _MUCH]
-    if rule.rank != AUTO or not auto:
-        return []
-    worst = min(auto, key=lambda row: row["retained"])
-    what = (
-        f"{len(auto)} of {len(units)} modules lose more than {_MUCH:.0%} of their energy, {worst['module']} "
-        f"{1 - worst['retained']:.0%} at rank {worst['rank']}: their spectra are flat, and show no rank"
-    )
-    return [Finding("warning", "--rank auto", what, "--energy 0.95 keeps a share of every module")]
+def _of_auto(rule: Rule, units: Sequence[ResizeModule], rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Say so where --rank auto found no bend that would tell signal from noise: it then leaves out much, or nothing."""
+    auto = [(u, row) for u, row in zip(units, rows, strict=True) if u.rule.rank == AUTO]
+    short = [row for _, row in auto if 1 - row["retained"] > _MUCH]
+    whole = [row for u, row in auto if row["rank"] == u.rank > 1]
+    findings = []
+    if rule.rank == AUTO and short:
+        worst = min(short, key=lambda row: row["retained"])
+        what = (
+            f"{len(short)} of {len(units)} modules lose more than {_MUCH:.0%} of their energy, {worst['module']} "
+            f"{1 - worst['retained']:.0%} at rank {worst['rank']}: their spectra are flat, and show no rank"
+        )
+        findings.append(Finding("warning", "--rank auto", what, "--energy 0.95 keeps a share of every module"))
+    if rule.rank == AUTO and whole:
+        what = f"{len(whole)} of {len(units)} modules keep all of their rank, such as {whole[0]['module']}"
+        what += ": their singular values fall without a bend"
+        findings.append(Finding("info", "--rank auto", what, "with --energy 0.99, these are cut as well"))
+    return findings
 
 
 def _sized(

@@ -61,7 +61,7 @@ def fitted(modules: Sequence[Sized], budget: int, spelled: Callable[[Sequence[in
     if size > budget:
         raise InputError(
             f"a budget of {budget:,} bytes is less than one rank for each of {len(modules)} modules takes",
-            hint=f"the smallest possible is {size:,} bytes; --drop leaves modules out",
+            hint=f"the smallest possible is {size:,} bytes; --exclude leaves modules out",
         )
     overhead = size - sum(groups.costs)
     for _ in range(24):

@@ -222,9 +222,11 @@ def test_a_resumed_run_does_not_trust_units_whose_files_are_gone(
 def test_a_second_run_on_the_same_output_exits_6_and_the_first_goes_on(tmp_path: Path, job: tuple[Path, Path]) -> None:
     out = tmp_path / "outs" / "merged"
     out.parent.mkdir()
-    first = start_slow("merge", *job, "-o", out, pause=3)
+    first = start_slow("merge", *job, "-o", out)
     wait_for_units(first, out.parent, 1)
+    first.send_signal(signal.SIGSTOP)  # however slow the second is, the first is not done before it
     second = run_cli("merge", *job, "-o", out)
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 6
     assert "another run" in second.stderr
     first.communicate(timeout=60)

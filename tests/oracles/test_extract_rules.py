@@ -61,6 +61,47 @@ def test_what_is_saved_is_merged_back(saved, run_model, tmp_path):
     torch.testing.assert_close(run_model("bert", merged), run_model("bert", tuned), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "unet"])
+def test_one_changed_bias_is_merged_back_too(kind, saved, tiny, run_model, tmp_path):
+    """A config has one word for all biases; one that says "all" of a file that has one bias would be torn."""
+    first = {"gpt2": "h.0.attn.c_attn", "bert": "layer.0.attention.self.query", "unet": "mid_block.resnets.0.conv1"}
+    leaves = ("c_attn.weight", "query.weight", "to_q.weight", "conv1.weight", f"{first[kind]}.bias")
+    _, base = saved(kind)
+    tuned, folder = shifted(tiny(kind), tmp_path / "tuned", lambda name: name.endswith(leaves))
+    loratool.extract(folder, base, tmp_path / "adapter", rank=3, rest="save", to="peft")
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    merged = type(tuned).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(run_model(kind, merged), run_model(kind, tuned), rtol=1e-3, atol=1e-4)
+    live = load_in_peft(tiny(kind), tmp_path / "adapter")
+    torch.testing.assert_close(run_model(kind, live), run_model(kind, tuned), rtol=1e-3, atol=1e-4)
+    report = loratool.resize(tmp_path / "adapter", tmp_path / "smaller", rank=2)
+    assert not [f for f in report.findings if "missing" in f.what]
+
+
+def test_parameters_that_are_no_modules_are_saved_alone_and_warned_of(tmp_path):
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}  # fmt: skip
+    model = GptOssForCausalLM(GptOssConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    mine = ("q_proj.weight", "sinks", "experts.down_proj_bias")
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith(mine[1:]):
+                value.add_(0.5)
+    shifted(model, tmp_path / "tuned", lambda name: name.endswith(mine[0]))
+    report = loratool.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "adapter", rank=3, rest="save")
+    (warning,) = [f.what for f in report.findings if f.level == "warning"]
+    assert "PEFT passes over" in warning
+    assert "self_attn.sinks" in warning
+    assert len([n for n in load_file(tmp_path / "adapter/adapter_model.safetensors") if "experts" in n]) == 2
+    loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "merged"))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_skipping_the_rest_says_how_much_that_is(saved, tmp_path):
     model, base = saved("gpt2")
     _, folder = shifted(model, tmp_path / "tuned", every_layer)

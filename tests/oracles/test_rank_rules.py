@@ -56,6 +56,7 @@ BY_HAND = [
     ({"energy": 1.0, "max_rank": 2}, 2),
     ({"rank": 5, "ratio": 4.01, "energy": 0.99}, 3),
     ({"rank": 1, "rank_for": {"q_proj": 5}}, {"q_proj": 5, "v_proj": 1}),
+    ({"rank": 1, "rank_for": {"q_proj": 5}, "max_rank": 3}, {"q_proj": 3, "v_proj": 1}),
     ({"energy": 0.5, "rank_for": {"self_attn.*": 3, "layers.1.**": 2}}, {"layers.0": 3, "layers.1": 2}),
 ]
 

@@ -60,7 +60,9 @@ def test_auto_warns_of_what_a_flat_spectrum_loses(adapter, tmp_path):
         tensors |= {f"{name}.lora_A.weight": (down * sigma).T.contiguous(), f"{name}.lora_B.weight": up.contiguous()}
     save_file(tensors, weights)
     report = loratool.resize(adapter, tmp_path / "out", rank="auto")
-    (warning,) = [f for f in report.findings if f.where == "--rank auto"]
+    warning, whole = [f for f in report.findings if f.where == "--rank auto"]
+    assert whole.level == "info"
+    assert f"1 of 2 modules keep all of their rank, such as {report.rows[0]['module']}" in whole.what
     kept = dense(tmp_path / "out", NAMES[1])
     lost = 1 - float(kept.square().sum() / dense(adapter, NAMES[1]).square().sum())
     assert lost > 0.5
@@ -68,3 +70,10 @@ def test_auto_warns_of_what_a_flat_spectrum_loses(adapter, tmp_path):
     assert f"1 of 2 modules lose more than 10% of their energy, {report.rows[1]['module']} {lost:.0%}" in warning.what
     assert "--energy" in warning.hint
     assert not [f for f in loratool.resize(adapter, tmp_path / "e", energy=0.9).findings if "flat" in f.what]
+
+
+def test_a_head_beside_layers_is_not_said_to_be_missing(tiny, adapter_folder, tmp_path):
+    _, folder = adapter_folder(tiny("llama"), target_modules=["q_proj", "lm_head"], r=4)
+    report = loratool.resize(folder, tmp_path / "out", rank=2)
+    assert any(row["module"] == "lm_head" for row in report.rows)
+    assert not report.findings
