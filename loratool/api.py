@@ -188,6 +188,7 @@ def extract(
     to: str = "peft",
     dtype: str = "float32",
     rest: str = "error",
+    split: bool = False,
     quality: str = "balanced",
     relative_to: StrPath = "",
     target: str | Sequence[str] = (),
@@ -199,8 +200,9 @@ def extract(
 ) -> Report:
     """Extract the low-rank delta of `tuned` against `base` into an adapter in the format `to`.
 
-    `rest` ("error", "skip", "save"): what to do with changes that are no low-rank deltas. `quality` ("fast",
-    "balanced", "exact"): how near to the best possible factors. `relative_to`, a model: as for `resize`.
+    `rest` ("error", "skip", "save"): what to do with changes that are no low-rank deltas. `split`: a delta for each
+    part of a fused weight. `quality` ("fast", "balanced", "exact"): how near to the best possible factors.
+    `relative_to`, a model: as for `resize`.
     """
     from loratool.operations import extract as operation
 
@@ -218,6 +220,7 @@ def extract(
         format,
         dtype=dtype,
         rest=rest,
+        split=split,
         quality=quality,
         pad_rank=pad_rank,
         relative_to=yardstick,

@@ -41,6 +41,11 @@ Examples:
     show_default=True,
     help="When norms, biases or unselected modules changed too: save keeps all but inner matrices whole.",
 )
+@click.option(
+    "--split",
+    is_flag=True,
+    help="A delta for each part of a fused weight (q, k, v of a qkv_proj); a format that fuses them adds the ranks.",
+)
 @click.option("--allow-noop", is_flag=True, help="Write an adapter of zeros where nothing changed.")
 @options.selecting
 @options.arch

@@ -28,7 +28,9 @@ from loratool.operations.pairing import (
     apart,
     choose,
     comparable,
+    fused_height,
     hit,
+    in_parts,
     of_words,
     pair,
     shares_ties,
@@ -198,6 +200,7 @@ def plan(
     rest: str = "error",
     target: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    split: bool = False,
     quality: str = "balanced",
     pad_rank: int | str | None = None,
     relative_to: TensorSource | None = None,
@@ -207,8 +210,9 @@ def plan(
 ) -> Plan:
     """Plan the extraction of `tuned - base`, at ranks that `rule` chooses, into an adapter written in `format`.
 
-    `rest` says what to do where something that is no LoRA delta changed: "error", "skip" or "save". `memory` (bytes)
-    decides which deltas are read in panels. Errors are measured against the weights of `relative_to`.
+    `rest` says what to do where something that is no LoRA delta changed: "error", "skip" or "save". With `split` each
+    part of a fused weight gets a delta. `memory` (bytes) decides which deltas are read in panels. Errors are measured
+    against the weights of `relative_to`.
     """
     sizes.check_pad(pad_rank, rule.budget)
     if relative_to is not None:
@@ -216,6 +220,8 @@ def plan(
     tuned, base, beside = comparable(tuned, base, architecture)
     tuned, base, half_tied = apart(tuned, base, architecture)
     paired = pair(tuned, base, architecture, allow_resized=rest != "error")
+    if split:
+        paired = paired._replace(matrices=in_parts(paired.matrices, architecture, tuned.config or {}))
     selected = choose(paired.matrices, target, exclude, tuned.path)
     rule.require_patterns_used(selected, tuned.path)
     report = Report(verb="extract", totals={"family": architecture.name})
@@ -285,7 +291,7 @@ class _Ending:
             return self._spelled(new, saved, into)
 
         if self.rule.budget is not None and changed:
-            sized = [_sized(u, f, architecture, format) for u, f in zip(changed, found, strict=True)]
+            sized = [_sized(u, f, self.pairs, architecture, format) for u, f in zip(changed, found, strict=True)]
             ranks = sizes.fitted(sized, self.rule.budget, lambda r: spelled(r, Report("extract")))
         described = dict(zip((u.key for u in changed), zip(found, ranks, strict=True), strict=True))
         extracted.describe(report, self.modules, described, left_out)
@@ -387,11 +393,12 @@ def _lost(ref: TensorRef) -> Finding:
     return Finding(level, ref.name, "is only in the base: the adapter cannot say so")
 
 
-def _sized(unit: ExtractModule, fact: Facts, architecture: Architecture, format: Format) -> Sized:
+def _sized(unit: ExtractModule, fact: Facts, pairs: Pairs, architecture: Architecture, format: Format) -> Sized:
     sigma = tuple(fact["sigma"][: fact["rank"]])
     beyond = max(fact["total"] - sum(s * s for s in sigma), 0.0)
     group = sizes.group_of(unit.target, None, architecture, format.name)
-    return Sized(unit.target, sigma, cost_of(unit.shape, unit.dtype), beyond, group, relative.weight_of(fact))
+    shape = (fused_height(unit.target, pairs) or unit.shape[0], *unit.shape[1:])
+    return Sized(unit.target, sigma, cost_of(shape, unit.dtype), beyond, group, relative.weight_of(fact))
 
 
 def _nothing(unit: ExtractModule) -> LowRank:

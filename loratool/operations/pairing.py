@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loratool import dtypes
 from loratool.adapter import Finding, Target
@@ -149,6 +149,28 @@ def pair(tuned: TensorSource, base: TensorSource, architecture: Architecture, *,
             else "the base must be the model that the fine-tune started from",
         )
     return Paired(pairs, others, resized)
+
+
+def in_parts(pairs: Pairs, architecture: Architecture, config: Mapping[str, Any]) -> Pairs:
+    """Return pairs with every fused weight in its parts, `qkv_proj[q]` and so on: each may get a delta of its own."""
+    found: Pairs = {}
+    for target, (new, old) in pairs.items():
+        parts = architecture.layout(target.parts[0], target.component, new.out, config)
+        for part, rows in parts.items():
+            role = part.rpartition("[")[2].removesuffix("]")
+            found[Target(target.component, (part,))] = new.part(rows, role), old.part(rows, role)
+        if not parts:
+            found[target] = new, old
+    return found
+
+
+def fused_height(target: Target, pairs: Pairs) -> int:
+    """Return the output rows of the fused weight that a target is a part of, and is written in; 0 for any other."""
+    weight, _, part = target.parts[0].rpartition("[")
+    if not weight or part[:-1].isdecimal():
+        return 0
+    own = [t for t in pairs if t.component == target.component and t.parts[0].startswith(f"{weight}[")]
+    return sum(pairs[t][0].out for t in own)
 
 
 def of_words(place: Place) -> bool:

@@ -376,6 +376,41 @@ def test_a_mixture_of_experts_comes_out_whole(rule, run_model, tmp_path):
     assert float((run_model("llama", live) - wanted).abs().max()) < 1e-3 * float((wanted - plain).abs().max())
 
 
+@pytest.mark.parametrize("kind", ["phi3", "gpt2"])
+def test_the_parts_of_a_fused_weight_each_get_a_delta(kind, saved, tiny, run_model, tmp_path):
+    """The best rank-3 update of every part, by an SVD of its rows, and written so that PEFT reads it."""
+
+    def make():
+        from transformers import Phi3Config, Phi3ForCausalLM
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}  # fmt: skip
+        return Phi3ForCausalLM(Phi3Config(**sizes)).eval() if kind == "phi3" else tiny("gpt2")
+
+    name, heights = {"phi3": ("qkv_proj", (32, 16, 16)), "gpt2": ("c_attn", (32, 32, 32))}[kind]
+    make().save_pretrained(tmp_path / "base")
+    shifted(make(), tmp_path / "tuned", lambda n: n.endswith(f"{name}.weight"), rank=32)
+    report = loratool.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=3, split=True, target=name)
+    assert len(report.rows) == 6
+    loratool.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+    base, tuned, merged = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "tuned", "merged"))
+    for key in (k for k in base if k.endswith(f"{name}.weight")):
+        change, found = (m[key].double() - base[key].double() for m in (tuned, merged))
+        sides = [d.split(list(heights), dim=1 if kind == "gpt2" else 0) for d in (change, found)]
+        for part, kept in zip(*sides, strict=True):
+            best = torch.linalg.svdvals(part)[3:].square().sum().sqrt()
+            assert float((part - kept).norm()) < 1.01 * float(best)
+    live = load_in_peft(make(), tmp_path / "out")
+    model = type(make()).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(run_model("gpt2", live), run_model("gpt2", model), rtol=1e-4, atol=1e-5)
+    report = loratool.extract(
+        tmp_path / "tuned", tmp_path / "base", tmp_path / "small", budget=24_000, split=True, target=name
+    )
+    files = [p for p in (tmp_path / "small").iterdir() if p.name != "loratool.report.json"]
+    assert 0.7 * 24_000 < sum(p.stat().st_size for p in files) <= 24_000
+
+
 def test_a_budget_over_stacked_experts_counts_what_is_written(tmp_path):
     mixtral().save_pretrained(tmp_path / "base")
     model = mixtral()
