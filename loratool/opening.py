@@ -23,7 +23,7 @@ from loratool.operations.refinement import selected_together
 from loratool.operations.residual import into_residual, of_residual, refuse_start, residual_in
 from loratool.plugins import Plugins, installed
 from loratool.settings import Applied, StrPath
-from loratool.storage import checkpoint, digests
+from loratool.storage import checkpoint, digests, location
 from loratool.storage.sharing import first_alike
 from loratool.tensors import Span
 
@@ -85,13 +85,17 @@ def _as_a_model(path: StrPath, problem: LoratoolError, plugins: Plugins, *, allo
 
 
 def _as_its_base(adapter: Adapter, plugins: Plugins) -> Adapter:
-    """Return an adapter that fits several families as one for that of the model it names, if that model is here."""
-    possible = (*adapter.families, *adapter.rivals)
-    if len(possible) < 2 or not adapter.base_model or not checkpoint.exists(adapter.base_model):
+    """Return an adapter that fits several families as one for that of the model it names, by the model's config.
+
+    The model is one that is here, or, of an adapter on the Hub, one there.
+    """
+    possible, base = (*adapter.families, *adapter.rivals), adapter.base_model
+    if len(possible) < 2 or not base:
         return adapter
     try:
-        config = checkpoint.config_of(adapter.base_model)
-        family = of_config(adapter.base_model, config, plugins) if config else None
+        here = checkpoint.exists(base)
+        config = checkpoint.config_of(base) if here else location.config_of_base(base, adapter.origin.path)
+        family = of_config(base, config, plugins) if config else None
     except LoratoolError:  # only a name in a config
         return adapter
     if family is None or family.name not in possible:

@@ -26,7 +26,7 @@ class Reading(TypedDict, total=False):
 class Publishing(NamedTuple):
     """How something appears on the Hub: in which branch, as a pull request, as a new repository that only you can see.
 
-    `command` is what was typed, for the card; `licence` what the card says where nothing else tells it.
+    `command` is what was typed, for the card; `licence` what the card says, whatever other cards do.
     """
 
     revision: str = ""

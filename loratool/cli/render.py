@@ -22,8 +22,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapter import Finding, gathered
-from loratool.errors import LoratoolError, StorageError
+from loratool.errors import LoratoolError, StorageError, UsageError
 from loratool.plan import Report
+from loratool.storage.hub_names import is_address
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,9 +92,11 @@ def interrupted(*notes: str) -> None:
 
 
 def check_report_file(file: str) -> None:
-    """Refuse to write a report over anything but a report (or into what is no file, such as a pipe)."""
+    """Refuse to write a report over anything but a report (or to what is no file: a pipe, a repository)."""
     from loratool.storage.target import is_report
 
+    if is_address(file):
+        raise UsageError("a report is a file of this machine", where=file, hint="--report FILE")
     path = Path(file)
     if (path.is_file() or path.is_dir()) and not is_report(path):
         raise StorageError("this exists and is no report of loratool", where=file, hint="choose another --report")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from loratool.adapter import Adapter, Weighted
@@ -18,9 +18,10 @@ from loratool.errors import LoratoolError
 from loratool.operations.cardfile import fields_of, listed, updated
 from loratool.operations.residual import Residual
 from loratool.plan import TextFile
-from loratool.storage.checkpoint import Checkpoint
+from loratool.storage.checkpoint import Checkpoint, exists
 
-_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?:@[\w./-]{1,200})?")
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]{1,96}/(?!\.)[\w.-]{1,96}(?:@[\w./-]{1,200})?")
+_LICENCE = ("license", "license_name", "license_link")
 _TASKS = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
@@ -124,15 +125,50 @@ def _is_image(adapter: Adapter) -> bool:
     return any(target.component in ("unet", "transformer") for target in adapter.deltas)
 
 
-def inherited(source: Mapping[str, Any]) -> dict[str, object]:
+def inherited(source: Mapping[str, Any], *more: str) -> dict[str, object]:
     """Return what the card of an adapter that another was made from has to say of it, too."""
-    names = ("instance_prompt", "widget", "license", "license_name", "license_link", "language", "datasets")
-    return {name: source[name] for name in names if source.get(name)}
+    names = ("instance_prompt", "widget", "language", "datasets", *more)
+    found = {**source, **without_paths(source)}
+    return {name: found[name] for name in names if found.get(name)}
 
 
-def licence(base: Mapping[str, Any]) -> dict[str, object]:
-    """Return the licence of a base as the card of what was made from it says it."""
-    return {name: base[name] for name in ("license", "license_name", "license_link") if base.get(name)}
+def licence(source: Mapping[str, Any]) -> dict[str, object]:
+    """Return the licence that a card says; name and link belong to it, and mean nothing beside that of another card."""
+    return {name: source[name] for name in _LICENCE if source.get(name)}
+
+
+def with_licence(fields: Mapping[str, object], told: Mapping[str, object]) -> dict[str, object]:
+    """Return fields with the whole licence of another card instead of their own."""
+    return {**{name: value for name, value in fields.items() if name not in _LICENCE}, **told}
+
+
+def new_licence(name: str) -> dict[str, object]:
+    """Return what a card says that gets another licence: nothing of the name and the link of the old one."""
+    return {**dict.fromkeys(_LICENCE, ""), "license": name}
+
+
+def is_path(name: str) -> bool:
+    """Whether what a card or a config calls its base can only be a folder of some machine, or is one of this."""
+    rooted = name.startswith((".", "/", "~", "\\")) or PureWindowsPath(name).drive != ""
+    return rooted or ("://" not in name and name.count("/") > 1) or (name != "" and exists(name))
+
+
+def without_paths(fields: Mapping[str, Any]) -> dict[str, object]:
+    """Return base_model and tags, where they name folders of a machine, without these; empty where they do not."""
+    bases, tags = (
+        value if isinstance(value, list) else [value] if value else []
+        for value in (fields.get("base_model"), fields.get("tags"))
+    )
+    kept = [base for base in bases if not is_path(str(base))]
+    left = [tag for tag in tags if not _names_path(str(tag))]
+    if (kept, left) == (bases, tags):
+        return {}
+    return {"base_model": kept[0] if len(kept) == 1 else kept, "tags": left}
+
+
+def _names_path(tag: str) -> bool:
+    """Whether this is a tag such as base_model:adapter:/home/me/base."""
+    return tag.startswith("base_model:") and is_path(tag.split(":", 2)[-1])
 
 
 def made(report: Mapping[str, Any], version: str, command: str = "", digests: Mapping[str, str] | None = None) -> str:

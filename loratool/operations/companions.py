@@ -13,9 +13,8 @@ from loratool.errors import MismatchError
 from loratool.operations.rebuilt import edited
 from loratool.operations.residual import MARK
 from loratool.plan import CopiedFile, JsonFile, OutFile, TensorFile
-from loratool.storage import pipeline
+from loratool.storage import location, pipeline
 from loratool.storage.checkpoint import Checkpoint, companions, is_inside, left_behind, tokenizer_files
-from loratool.storage.location import place
 from loratool.storage.quantised import without_quantisation
 
 
@@ -38,6 +37,7 @@ def companion_files(
             files[name] = CopiedFile(name, f"{base.folder}/{name}")
         else:
             findings.append(Finding("warning", name, "not copied: it is a link that leads out of the base's folder"))
+    findings += _not_cached(base, files)
     if base.config and "config.json" in files:
         config = _config(base, dtype, changes, decoded=decoded)
         if config != base.config:
@@ -54,6 +54,16 @@ def companion_files(
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         findings.append(Finding("info", base.path, f"not copied: {', '.join(left[:8])}{more}"))
     return list(files.values()), findings
+
+
+def _not_cached(base: Checkpoint, files: Mapping[str, OutFile]) -> list[Finding]:
+    """Say what should go along and is not in the cache, where the base was opened from there."""
+    listed = location.listed(base.path) if location.is_from_cache(base.path) else None
+    lacking = sorted(set(companions(str(listed))) - set(files)) if listed else []
+    known = f"not copied, for the cache lacks it: {', '.join(lacking)}" if lacking else ""
+    if not listed and location.is_from_cache(base.path) and not tokenizer_files(base.folder):
+        known = "there is no tokenizer: the cache may hold a part of the repository only"
+    return [Finding("warning", base.path, known, "run it once without HF_HUB_OFFLINE")] if known else []
 
 
 def _of_pipeline(
@@ -97,7 +107,7 @@ def _tokenizer(files: dict[str, OutFile], adapters: Sequence[Adapter], *, resize
     for folder in dict.fromkeys(a.origin.path for a in adapters):
         found = tokenizer_files(folder)
         if found:
-            files.update({name: CopiedFile(name, str(place(folder) / name)) for name in found})
+            files.update({name: CopiedFile(name, str(location.place(folder) / name)) for name in found})
             findings.append(Finding("info", folder, "the tokenizer is the adapter's, as the vocabulary is"))
     if not findings and resized:
         what = "the vocabulary was resized, and no tokenizer lies beside the adapter: the base's is copied"

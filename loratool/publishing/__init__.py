@@ -77,7 +77,7 @@ def _on_the_hub(
     try:
         sent = _pushed([str(staged)], to, publishing, report)
     except LoratoolError as problem:
-        problem.hint += f"; what was made is kept: loratool push {staged} {to.name.repo}"
+        problem.hint += f"; what was made is kept: {sending.command(staged, to, publishing)}"
         raise
     shutil.rmtree(staged) if staged.is_dir() else staged.unlink()
     report.totals |= {
@@ -117,10 +117,12 @@ def _pushed(
     from loratool.publishing import cards
 
     files, findings = sending.files_in(paths)
-    content = cards.opened(paths, plugins)
+    if of_run is None:
+        to, files = sending.as_named(to, files)
+    content = cards.opened(sorted(paths, key=lambda path: path.endswith(".json")), plugins)
     report = Report("push", {"path": ", ".join(paths)}, findings=findings)
     made = of_run.as_dict() if of_run else None
-    text, notes = cards.composed(content, Path(paths[0]), to, publishing, made)
+    text, notes = cards.composed(content, files, paths, to, publishing, report=made)
     report.findings += [*cards.bases_of_here(files), *notes]
     verb = of_run or report
     return sending.send(to, {**files, "README.md": text.encode()}, publishing, report, verb.verb)
@@ -131,6 +133,8 @@ def pull(repo: str, out: StrPath, *, dry_run: bool = False, force: bool = False)
     name = parse(repo)
     if name is None or Path(repo).exists():
         raise UsageError(f"{repo!r} is {'a local path' if name else 'no name of a repository'}", hint="hf://org/name")
+    if is_address(str(out)):
+        raise UsageError("pull writes to this machine", where=out, hint="-o FOLDER; what is here goes there by push")
     from loratool.publishing import fetching
 
     return fetching.pull(repo, Path(out), dry_run=dry_run, force=force)

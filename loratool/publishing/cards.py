@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from loratool.adapter import Adapter, Finding
 from loratool.errors import FormatError, HubError, LoratoolError
 from loratool.opening import open_adapter
 from loratool.operations import card, cardfile
 from loratool.operations.residual import residual_in
-from loratool.publishing.sending import PRIVATE, Target
+from loratool.publishing.sending import PRIVATE, Target, replaces_weights
 from loratool.settings import Publishing
 from loratool.storage import checkpoint, hub, jsonfile, location
 from loratool.storage.hub_names import parse
@@ -37,39 +38,82 @@ def opened(paths: list[str], plugins: Any = None) -> Adapter | checkpoint.Checkp
 
 def composed(
     content: Adapter | checkpoint.Checkpoint,
-    beside: Path,
+    files: Mapping[str, Path],
+    paths: Sequence[str],
     to: Target,
     publishing: Publishing,
+    *,
     report: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[Finding]]:
     """Return the card, and what should be known about it. `report` is of the run that made the content.
 
-    A card on the Hub is kept, and one beside the files otherwise; either gets the fields that it lacks, and our block.
+    A card on the Hub is kept, and one among the files otherwise; either gets the fields that it lacks, and our block.
     """
     path = f"{to.name.path}/README.md" if to.name.path else "README.md"
     there = to.text(path)
-    local = _text(beside / "README.md") if beside.is_dir() else ""
-    report = report if report is not None else _report_in(beside)
+    report = report if report is not None else _report_in(paths)
     fields = card.of_adapter(content) if isinstance(content, Adapter) else card.of_model(content)
-    fields = _joined(cardfile.fields_of(local, beside / "README.md"), fields)
-    fields = _joined(fields, _of_sources(report or {}, fields))
+    local, findings = _local(files.get("README.md"), str(fields.get("base_model") or ""))
+    beside = cardfile.fields_of(local, files.get("README.md"))
     try:
         present = cardfile.fields_of(there, f"README.md of {to.name}")
     except FormatError as problem:
         raise HubError(problem.what, where=problem.where, hint=f"{problem.hint}, on the Hub; then push again") from None
-    if publishing.licence:
-        fields["license"] = publishing.licence
-    elif not (present.get("license") or fields.get("license")):
-        fields |= _of_base(present.get("base_model") or fields.get("base_model"))
+    fields, sources = _joined(beside, fields), _of_sources(report or {})
+    is_adapter = isinstance(content, Adapter)
+    for role, told in sources.items():
+        same_base = is_adapter and role != "tuned"
+        fields = _joined(fields, card.inherited(told, *(("base_model",) if same_base else ())))
+    base = present.get("base_model") or fields.get("base_model")
+    fields = _joined(fields, {"base_model_relation": "adapter" if is_adapter and base else ""})
+    licence = _licence([present, beside, *(sources.values() if is_adapter else ())], report or {}, base)
+    fields = card.with_licence(fields, licence)
+    said = {}
+    if publishing.licence and publishing.licence != (present if there else beside).get("license"):
+        said = card.new_licence(publishing.licence)
+    elif not publishing.licence:
+        findings += _other_licences(licence, sources, path)
     block = _block(cardfile.block_of(local), report, publishing)
-    text = cardfile.updated(there or local, fields, block, to.name.repo.rpartition("/")[2], path)
-    findings = []
+    if report is None and block in ("", cardfile.block_of(there)) and replaces_weights(to, files):
+        there, local, block = cardfile.without_block(there), cardfile.without_block(local), ""
+    text = cardfile.updated(there or local, fields, block, to.name.repo.rpartition("/")[2], path, said=said)
     if there and local and there != local:
         what = "the card on the Hub stays as it is, but for fields that it lacks and loratool's block"
         findings.append(Finding("info", path, what))
     if not cardfile.fields_of(text).get("license"):
         findings.append(Finding("warning", path, _NO_LICENCE))
-    return text, findings
+    return hub.without_tokens(text), findings
+
+
+def _local(path: Path | None, base: str) -> tuple[str, list[Finding]]:
+    """Return the card among the files, without what it says of folders of this machine; `base` is the Hub's name."""
+    text = _text(path) if path else ""
+    fields = cardfile.fields_of(text, path)
+    said = card.without_paths(fields)
+    if not said:
+        return text, []
+    what = f"the card names a folder of this machine as its base ({fields.get('base_model')})"
+    what += f"; on the Hub it says {base}" if base else "; on the Hub it does not"
+    hint = "" if base else f"set base_model in {path} to the base's name on the Hub, and push this again"
+    return cardfile.updated(text, {}, "", said=said), [Finding("warning", str(path), what, hint)]
+
+
+def _licence(cards: Sequence[Mapping[str, Any]], report: Mapping[str, Any], named: object) -> dict[str, object]:
+    """Return the licence of the first card that says one, or else of the base: as it was given, or as it is named."""
+    found = next(filter(None, map(card.licence, cards)), None)
+    sources = report.get("sources")
+    given = sources.get("base") if isinstance(sources, dict) else None
+    return found or (card.licence(_card_of(str(given))) if given else {}) or _of_base(named)
+
+
+def _other_licences(licence: Mapping[str, object], sources: Mapping[str, Any], path: str) -> list[Finding]:
+    """Warn of what something was made from, where it is under another licence."""
+    name = licence.get("license_name") or licence.get("license") or ""
+    others = {role: told.get("license_name") or told.get("license") or "" for role, told in sources.items()}
+    differ = ", ".join(f"{role}: {other}" for role, other in others.items() if other not in ("", name))
+    what = f"the card says {f'the licence {name}' if name else 'no licence'}; what this was made from says: {differ}"
+    hint = "do they agree? --license NAME says another"
+    return [Finding("warning", path, what, hint)] if differ else []
 
 
 def bases_of_here(files: Mapping[str, Path]) -> list[Finding]:
@@ -77,7 +121,7 @@ def bases_of_here(files: Mapping[str, Path]) -> list[Finding]:
     findings = []
     for name, path in files.items():
         told = jsonfile.read(path).get("base_model_name_or_path") if Path(name).name == "adapter_config.json" else ""
-        if not isinstance(told, str) or not (told and (Path(told).is_absolute() or checkpoint.exists(told))):
+        if not isinstance(told, str) or not card.is_path(told):
             continue
         found = residual_in(told, ask=False)
         what = f"names {told} as its base{f', {found},' if found else ''} which is a folder of this machine"
@@ -95,7 +139,8 @@ def _joined(first: Mapping[str, Any], more: Mapping[str, object]) -> dict[str, A
 
 
 def _listed(tags: object) -> list[str]:
-    return [str(tag) for tag in tags] if isinstance(tags, (list, tuple)) else [str(tags)] if tags else []
+    every = tags if isinstance(tags, (list, tuple)) else [tags] if tags else []
+    return [str(tag) for tag in every if not isinstance(tag, (dict, list))]
 
 
 def _text(path: Path) -> str:
@@ -105,9 +150,11 @@ def _text(path: Path) -> str:
         raise FormatError("the card is not UTF-8", where=path, hint="save it as UTF-8") from None
 
 
-def _report_in(folder: Path) -> dict[str, Any] | None:
-    path = folder / PRIVATE[0]
-    return jsonfile.read(path, 1 << 30) if folder.is_dir() and path.is_file() else None
+def _report_in(paths: Sequence[str]) -> dict[str, Any] | None:
+    """Return the report beside the files of how they were made; that of a pull says nothing of it."""
+    found = next((place for path in paths if (place := Path(path) / PRIVATE[0]).is_file()), None)
+    report = jsonfile.read(found, 1 << 30) if found else {}
+    return report if report and report.get("verb") != "pull" else None
 
 
 def _block(local: str, report: Mapping[str, Any] | None, publishing: Publishing) -> str:
@@ -117,7 +164,7 @@ def _block(local: str, report: Mapping[str, Any] | None, publishing: Publishing)
         return local
     sources = report.get("sources")
     digests = {role: _digest(str(path)) for role, path in (sources if isinstance(sources, dict) else {}).items()}
-    made = card.made(report, __version__, publishing.command, digests)
+    made = card.made(report, __version__, hub.without_tokens(publishing.command), digests)
     return f"{local}\n{made}" if local and made not in local else made
 
 
@@ -139,14 +186,11 @@ def _digest(source: str) -> str:
     return state.hexdigest()
 
 
-def _of_sources(report: Mapping[str, Any], fields: Mapping[str, object]) -> dict[str, object]:
-    """Return what the cards of the adapters that this was made from say, where they can be read."""
+def _of_sources(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what the cards of the adapters or the model that this was made from say, where they can be read."""
     sources = report.get("sources")
-    found: dict[str, object] = {}
-    for role, source in (sources if isinstance(sources, dict) else {}).items():
-        told = _card_of(str(source)) if str(role).startswith(("adapter", "tuned")) else {}
-        found = {**card.inherited(told), **found}
-    return found
+    named = sources if isinstance(sources, dict) else {}
+    return {role: _card_of(str(path)) for role, path in named.items() if str(role).startswith(("adapter", "tuned"))}
 
 
 def _of_base(named: object) -> dict[str, object]:
@@ -160,11 +204,25 @@ def _card_of(source: str) -> dict[str, Any]:
     try:
         if not location.is_remote(source):
             place = Path(source)
-            return cardfile.fields_of(_text((place if place.is_dir() else place.parent) / "README.md"))
+            return _shown(cardfile.fields_of(_text((place if place.is_dir() else place.parent) / "README.md")), "")
         name = parse(source)
         if name is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", name.repo):
             return {}
         listing = hub.listing(name._replace(path=""))
-        return cardfile.fields_of(Target(name._replace(path=""), listing).text("README.md"))
+        files = f"{hub.shown_endpoint()}/{name.repo}/resolve/{listing.commit}/"
+        return _shown(cardfile.fields_of(Target(name._replace(path=""), listing).text("README.md")), files)
     except LoratoolError:
         return {}
+
+
+def _shown(fields: dict[str, Any], files: str) -> dict[str, Any]:
+    """Return metadata of which another card can show the images: they are at `files`, or they stay behind."""
+    widget = fields.get("widget")
+    for one in widget if isinstance(widget, list) else []:
+        output = one.get("output") if isinstance(one, dict) else None
+        url = output.get("url") if isinstance(output, dict) else None
+        if isinstance(output, dict) and isinstance(url, str) and "://" not in url:
+            output["url"] = files + quote(url.removeprefix("./"))
+            if not files:
+                del one["output"]
+    return fields

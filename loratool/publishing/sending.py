@@ -7,6 +7,7 @@ is not sent again: running the same command again goes on where it was.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from hashlib import sha1, sha256
 from pathlib import Path
@@ -60,6 +61,8 @@ def target(repo: str, publishing: Publishing) -> Target:
         raise UsageError(f"{repo!r} is no name of a repository", hint="loratool push PATH org/name")
     if publishing.revision:
         name = name._replace(revision=publishing.revision)
+    if "/" not in name.repo:
+        raise UsageError("whose is it to be?", where=name, hint=f"a repository is called org/name: ORG/{name.repo}")
     if name.is_commit:
         raise UsageError("a commit cannot be written to", where=name, hint="name a branch, or leave it out for main")
     location.warn_of_open_endpoint()
@@ -68,11 +71,23 @@ def target(repo: str, publishing: Publishing) -> Target:
     if not (publishing.dry_run or hub.has_token()):
         raise HubError("without a token nothing can be sent", where=name, hint=hub.LOGIN)
     try:
-        return Target(name, hub.listing(name))
+        return Target(name, hub.listing(name, writing=True))
     except HubError as problem:
         if problem.missing != "repository" or not hub.has_token():
             raise
-        return Target(name, None)
+    if name.revision not in ("", "main"):
+        what = f"there is no repository that is called so, and a new one has no branch {name.revision!r}"
+        raise HubError(what, where=name.repo, hint="leave the branch out: a new repository has main alone")
+    return Target(name, None)
+
+
+def command(path: Path, to: Target, publishing: Publishing) -> str:
+    """Return the command that sends a path to where it was to go."""
+    flags = {"--private": publishing.private, "--create-pr": publishing.create_pr}
+    given = {"--message": publishing.message, "--license": publishing.licence}
+    options = [word for option, text in given.items() if text for word in (option, text)]
+    words = ["loratool", "push", str(path), str(to.name), *(flag for flag, on in flags.items() if on), *options]
+    return hub.without_tokens(shlex.join(words))
 
 
 def files_in(paths: Sequence[str]) -> tuple[dict[str, Path], list[Finding]]:
@@ -101,6 +116,16 @@ def files_in(paths: Sequence[str]) -> tuple[dict[str, Path], list[Finding]]:
     return files, [Finding("info", paths[0], what)] if left else []
 
 
+def as_named(to: Target, files: dict[str, Path]) -> tuple[Target, dict[str, Path]]:
+    """Return target and files; where one file is sent to the address of a file: its folder, and the name there."""
+    folder, _, name = to.name.path.rpartition("/")
+    if not name.endswith(_WEIGHTS):
+        return to, files
+    if len(files) != 1:
+        raise UsageError("this is the address of one file", where=to.name, hint=f"hf://{to.name.repo}/FOLDER")
+    return to._replace(name=to.name._replace(path=folder)), dict(zip([name], files.values(), strict=True))
+
+
 def send(
     to: Target, files: Mapping[str, Path | bytes], publishing: Publishing, report: Report, verb: str = "push"
 ) -> Report:
@@ -122,6 +147,11 @@ def send(
     stale = [n for n in to.files if n.endswith(_WEIGHTS) and n.startswith(start) and n not in placed]
     if stale:
         report.findings.append(Finding("info", str(to.name), f"stays on the Hub as it is: {', '.join(stale[:8])}"))
+    if publishing.private and to.listing and to.listing.private is False:
+        hint = f"{hub.shown_endpoint()}/{to.name.repo}/settings changes that"
+        report.findings.append(
+            Finding("warning", str(to.name), "--private is for a new repository: this one is there, and public", hint)
+        )
     if publishing.dry_run:
         report.dry_run = True
     elif not changed and to.listing:
@@ -130,6 +160,13 @@ def send(
         report.totals |= _committed(to, changed, publishing, verb)
         location.forget()
     return report
+
+
+def replaces_weights(to: Target, files: Mapping[str, Path]) -> bool:
+    """Return whether weights that are on the Hub would become others."""
+    placed = {f"{to.name.path}/{name}" if to.name.path else name: path for name, path in files.items()}
+    there = {name: path for name, path in placed.items() if name.endswith(_WEIGHTS) and name in to.files}
+    return any(_state(name, path, to.files) != "same" for name, path in there.items())
 
 
 def _size(content: Path | bytes) -> int:
@@ -174,6 +211,9 @@ def _committed(to: Target, changed: Mapping[str, Path | bytes], publishing: Publ
     from huggingface_hub import CommitOperationAdd
 
     api, name = hub.api(), to.name._replace(path="")
+    card = changed.get("README.md")
+    if to.listing is None and isinstance(card, bytes):
+        hub.check_card(name._replace(path="README.md"), card.decode())  # before anything is made
     with hub.problems(name, writing=True):
         parent = to.listing.commit if to.listing else None
         if parent is None:

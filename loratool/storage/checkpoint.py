@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from loratool.errors import FormatError, InputError, StorageError
+from loratool.errors import FormatError, InputError, LoratoolError, StorageError
 from loratool.plan import RECORD, TensorFile
 from loratool.storage import jsonfile, location, pipeline, quantised, remote, runs, safetensors
 from loratool.storage.runs import PICKLES
@@ -117,7 +117,17 @@ def open_adapter(path: str, *, allow_pickle: bool = False) -> Checkpoint:
     """Open an adapter: a folder with its config, or one file. One-element tensors (alphas) are read along."""
     with location.named(path):
         opened = _open_adapter(location.place(path), allow_pickle)
+        if opened.config is None and location.is_from_cache(path):
+            _check_config(location.listed(path), opened.files)
         return replace(opened, path=location.called(path), tensors=_with_scalars(opened.tensors))
+
+
+def _check_config(listed: Path | None, files: Collection[str]) -> None:
+    """Refuse weights from a cache without their config, unless the repository is known to have none."""
+    folder = listed.parent if listed and listed.is_file() else listed
+    known = folder is not None and not (folder / "adapter_config.json").is_file()
+    if not known and any(Path(name).name.startswith("adapter_model") for name in files):
+        raise StorageError("there is no adapter_config.json")
 
 
 def _open_adapter(place: Path, allow_pickle: bool) -> Checkpoint:
@@ -210,6 +220,14 @@ def _base_weights(place: Path) -> Path:
         )
     pickled = sorted(p for p in place.glob("pytorch_model*") if p.suffix in PICKLES and p.is_file())
     return weights or next(iter(variants), None) or _only_file(place, pickled)
+
+
+def weights_of(folder: Path) -> Path | None:
+    """Return the file or index that is opened where a model's folder is named; None where none is, or several are."""
+    try:
+        return _base_weights(folder)
+    except LoratoolError:
+        return None
 
 
 def is_adapter_folder(path: str) -> bool:

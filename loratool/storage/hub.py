@@ -24,6 +24,7 @@ from loratool.storage.hub_names import HubName
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+_SMALL = 1 << 20  # bytes of a config
 _RETRIES = 2  # of a question; huggingface_hub has its own number for what it sends
 LOGIN = "log in: HF_TOKEN, hf auth login, or --token-file FILE"
 _AGAIN = "run it again: what has arrived is not sent again"
@@ -44,10 +45,11 @@ class RemoteFile(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """A repository at a commit: its files by path."""
+    """A repository at a commit: its files by path, and whether others cannot see it, where the Hub says so."""
 
     commit: str
     files: Mapping[str, RemoteFile]
+    private: bool | None = None
 
 
 def use_token_of(file: Path) -> None:
@@ -125,13 +127,16 @@ def api() -> HfApi:
     return HfApi(endpoint=endpoint(), token=token(), library_name="loratool", library_version=__version__)
 
 
-def listing(name: HubName) -> Listing:
-    """Return the commit that a revision means now, and the files there: one request."""
+def listing(name: HubName, *, writing: bool = False) -> Listing:
+    """Return the commit that a revision means now, and the files there: one request.
+
+    `writing`: errors speak to somebody who wants to send something there.
+    """
     path = f"{endpoint()}/api/models/{name.repo}/revision/{quote(name.revision or 'main', safe='')}"
-    with problems(name):
+    with problems(name, writing=writing):
         told = json.loads(_get(f"{path}?blobs=true").content)
         files = {f["rfilename"]: _remote_file(f) for f in told["siblings"]}
-        return Listing(str(told["sha"]), files)
+        return Listing(str(told["sha"]), files, told.get("private"))
 
 
 def _remote_file(told: Mapping[str, Any]) -> RemoteFile:
@@ -160,6 +165,17 @@ def read(name: HubName, start: int, stop: int) -> bytes:
     return data
 
 
+def read_small(name: HubName) -> bytes:
+    """Return a config of which nothing is known but its name, or the beginning of what is no config.
+
+    One request, which is not repeated.
+    """
+    once: dict[str, Any] = {"retry_on_exceptions": (), "retry_on_status_codes": ()}
+    with problems(name):
+        told = _asked("GET", address_of(name), {"Range": f"bytes=0-{_SMALL - 1}"}, **once)
+        return bytes(told.content[:_SMALL])
+
+
 class _Scrubbing(logging.Filter):
     """Keeps tokens, passwords and signatures out of what huggingface_hub logs of the requests that it repeats."""
 
@@ -176,10 +192,25 @@ def _scrub_logs() -> None:
             log.addFilter(_Scrubbing())
 
 
+def check_card(name: HubName, text: str) -> None:
+    """Ask the Hub whether it will take a model card: HubError where it says no."""
+    try:
+        with problems(name, writing=True):
+            _asked("POST", f"{endpoint()}/api/validate-yaml", json={"content": text, "repoType": "model"})
+    except HubError as problem:
+        if problem.status == 400:
+            problem.hint = "correct the metadata of README.md, and run it again; nothing was sent"
+        raise
+
+
 def _get(address: str, more: Mapping[str, str] | None = None) -> Any:
+    return _asked("GET", address, more)
+
+
+def _asked(method: str, address: str, more: Mapping[str, str] | None = None, **how: Any) -> Any:
     utils: Any = import_module("huggingface_hub.utils")
     asked = {**headers(address), **(more or {})}
-    answer = utils.http_backoff("GET", address, headers=asked, timeout=30, max_retries=_RETRIES)
+    answer = utils.http_backoff(method, address, headers=asked, timeout=30, max_retries=_RETRIES, **how)
     utils.hf_raise_for_status(answer)
     return answer
 
@@ -343,10 +374,15 @@ def _of_answer(problem: Any, name: HubName, *, writing: bool) -> HubError:
 
 def _scrubbed(text: str) -> str:
     """Return foreign text on one line without the token, and without what signs an address."""
-    from huggingface_hub import get_token
-
     text = re.sub(r"\?[^\s'\"]*", "", " ".join(text.split()))
     text = re.sub(r"(?<=://)[^/\s@]*@", "", text)
+    return without_tokens(text)[:300]
+
+
+def without_tokens(text: str) -> str:
+    """Return a text with stars for the token in it."""
+    from huggingface_hub import get_token
+
     for secret in {token(), get_token()} - {None, ""}:
         text = text.replace(str(secret), "***")
-    return text[:300]
+    return text

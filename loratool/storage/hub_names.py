@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from loratool.errors import UsageError
 
@@ -27,9 +27,10 @@ class HubName(NamedTuple):
     path: str = ""
 
     def __str__(self) -> str:
-        path = f"/{self.path}" if self.path else ""
-        revision = f"@{self.revision}" if self.revision else ""
-        return f"hf://{self.repo}{revision}{path}" if path else f"{self.repo}{revision}"
+        if not self.path:
+            return f"{self.repo}@{self.revision}" if self.revision else self.repo
+        revision = self.revision if self.revision.startswith("refs/") else quote(self.revision, safe="")
+        return f"hf://{self.repo}{f'@{revision}' if revision else ''}/{self.path}"
 
     @property
     def is_commit(self) -> bool:
@@ -76,6 +77,8 @@ def _of_address(text: str) -> HubName:
     parts = urlsplit(text)
     if parts.username or parts.password:
         raise UsageError("an address must hold no name or token", hint="HF_TOKEN, hf auth login or --token-file")
+    if parts.query not in ("", "download=true"):  # a token, perhaps: it is not shown
+        raise UsageError("an address must hold no query", where=parts.path, hint="leave out what is behind the ?")
     home = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     if parts.netloc not in ("huggingface.co", "www.huggingface.co", "hf.co", home.netloc):
         what = f"{parts.netloc} is not the Hub: only models on {home.netloc} are opened by their address"

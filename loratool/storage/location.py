@@ -17,16 +17,18 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loratool.errors import HubError, LoratoolError
-from loratool.storage import hub_names, remote
+from loratool.errors import HubError, LoratoolError, StorageError
+from loratool.storage import hub_names, remote, runs
 from loratool.storage.hub_names import HubName
+from loratool.strictjson import parse
 
 if TYPE_CHECKING:
     from loratool.storage.hub import Listing
 
 _FILES_CAP = 50_000
+_WHICH = "repository, branch and folder"
 _LASTS = 600.0  # seconds for which a branch is not asked for again
 
 #: Told of a source what was understood of it: which of two places, which commit.
@@ -71,6 +73,28 @@ def is_from_cache(source: str) -> bool:
     return found is not None and found.offline
 
 
+def listed(source: str) -> Path | None:
+    """Return the folder with the names that the Hub listed for a repository at this commit, if it was ever asked."""
+    from loratool.storage import hub
+
+    name = _parsed(called(source))
+    folder = Path(hub.own_folder(name), name.revision, name.path) if name and name.is_commit else None
+    return folder if folder and folder.exists() else None
+
+
+def config_of_base(base: str, adapter: str) -> dict[str, Any]:
+    """Return the config.json of the base that an adapter on the Hub names: one request, and empty where it fails."""
+    from loratool.storage import hub
+
+    name, found = _parsed(base), _remembered(adapter)
+    if name is None or name.path or found is None or found.offline:
+        return {}
+    try:
+        return parse(hub.read_small(name._replace(revision=name.revision or "main", path="config.json")), base)
+    except LoratoolError:  # only a name in a config
+        return {}
+
+
 def name_in_configs(source: str) -> str:
     """Return what a config says of a base: the repository without the commit, a path as it is."""
     name = None if Path(source).exists() else _parsed(source)
@@ -100,10 +124,18 @@ def named(source: str) -> Iterator[None]:
             raise
         problem.where = problem.where.replace(str(found.place), found.called)
         problem.hint = problem.hint.replace(str(found.place), found.called)
+        if isinstance(problem, StorageError) and not (found.offline or _holds_weights(found.place)):
+            held = ", ".join(sorted(p.name for p in found.place.iterdir())[:6])
+            hint = f"it holds {held}: is it the right {_WHICH}?"
+            raise HubError("there are no weights in it", where=found.called, hint=hint) from None
         if not found.offline or isinstance(problem, HubError):
             raise
         what = f"the copy in the cache is not complete: {problem.what}"
         raise HubError(what, where=found.called, hint="run it once without HF_HUB_OFFLINE, or hf download it") from None
+
+
+def _holds_weights(place: Path) -> bool:
+    return not place.is_dir() or any(path.suffix in runs.WEIGHTS for path in place.rglob("*"))
 
 
 def _parsed(source: str) -> HubName | None:
@@ -179,7 +211,8 @@ def _open(source: str, name: HubName) -> _Opened:
         cached = None
     inside = root / name.path if name.path else root
     if not inside.exists():
-        raise HubError(f"there is no {name.path!r} in it", where=name._replace(path=""), hint="is the path right?")
+        what = f"there is no {name.path!r} in it" if name.path else "there are no files in it"
+        raise HubError(what, where=name._replace(path=""), hint=f"is it the right {'path' if name.path else _WHICH}?")
     opened = _Opened(inside, str(fixed), time.monotonic(), cached is not None)
     for text in (source, opened.called):
         _opened[text, os.environ.get("HF_ENDPOINT", "")] = opened
