@@ -137,6 +137,8 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--out", type=Path, help="keep the files in this new folder")
     parser.add_argument("--tiny", action="store_true", help="fewer steps, one LoRA, for tests")
     given = parser.parse_args()
+    if given.out and given.out.exists():
+        parser.error(f"{given.out} exists: -o makes a new folder")
     with tempfile.TemporaryDirectory() as temporary:
         out = given.out or Path(temporary, "out")
         out.mkdir(parents=True)

@@ -24,6 +24,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
 
@@ -96,9 +97,10 @@ def tried(model_type: str, folder: Path) -> str:
 
     made = loratool.init(folder / "base", folder / "new")
     live = PeftModel.from_pretrained(base, folder / "new", is_trainable=True).eval()
-    trainable = [p for p in live.parameters() if p.requires_grad]
-    count = loratool.inspect(folder / "new").totals["parameters"]
-    assert sum(p.numel() for p in trainable) == count, f"{model_type}: PEFT trains other parameters than init named"
+    names = {name.replace(".default", "") for name, p in live.named_parameters() if p.requires_grad}
+    named = load_file(folder / "new/adapter_model.safetensors")
+    assert names == set(named), f"{model_type}: PEFT trains other parameters than init named"
+    trainable, count = [p for p in live.parameters() if p.requires_grad], sum(t.numel() for t in named.values())
     optimizer = torch.optim.AdamW(trainable, lr=1e-2)
     logits(live, pair).square().mean().backward()
     optimizer.step()
@@ -134,6 +136,8 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--out", type=Path, help="keep the files in this new folder")
     parser.add_argument("--tiny", action="store_true", help="a few of the families, for tests")
     given = parser.parse_args()
+    if given.out and given.out.exists():
+        parser.error(f"{given.out} exists: -o makes a new folder")
     with tempfile.TemporaryDirectory() as temporary:
         out = given.out or Path(temporary, "out")
         out.mkdir(parents=True)

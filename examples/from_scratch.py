@@ -138,6 +138,8 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--out", type=Path, help="keep the files in this new folder")
     parser.add_argument("--tiny", action="store_true", help="fewer steps, for tests")
     arguments = parser.parse_args()
+    if arguments.out and arguments.out.exists():
+        parser.error(f"{arguments.out} exists: -o makes a new folder")
     with tempfile.TemporaryDirectory() as temporary:
         out = arguments.out or Path(temporary, "out")
         out.mkdir(parents=True)

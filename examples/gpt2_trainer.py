@@ -1,9 +1,10 @@
 """GPT-2, PEFT and the Trainer: from a `checkpoint-N` to a smaller adapter, and to a merged model that writes the same.
 
-A small GPT-2 and its tokenizer learn Python code of this repository; then PEFT puts a LoRA on `c_attn` (rank 8, alpha
-32, dropout 0.1, no biases), and transformers' Trainer trains it on the files of model families alone, and saves as it
-goes. loratool takes the folder that the Trainer left. Claimed and asserted: the resized adapter keeps the energy that
-was asked for; the merged model's logits are those of PEFT's live model, and greedy generation writes the same tokens.
+A small GPT-2 and its tokenizer learn Python code, of this project as it once was (text.txt); then PEFT puts a LoRA on
+`c_attn` (rank 8, alpha 32, dropout 0.1, no biases), and transformers' Trainer trains it on the files of model families
+alone, and saves as it goes. loratool takes the folder that the Trainer left. Claimed and asserted: the resized adapter
+keeps the energy that was asked for; the merged model's logits are those of PEFT's live model, and greedy generation
+writes the same tokens.
 
     python examples/gpt2_trainer.py [-o DIR]
 """
@@ -39,13 +40,8 @@ from transformers.utils import logging
 
 import loratool
 
-ROOT = Path(__file__).parents[1]
+CODE, FAMILIES, _ = Path(__file__).with_name("text.txt").read_text().split("\f\n")
 BLOCK = 64  # tokens in a sample
-
-
-def text(pattern: str) -> str:
-    """Return files of this repository as one text."""
-    return "\n\n".join(path.read_text() for path in sorted(ROOT.glob(pattern)))[:60_000]
 
 
 def tokenizer_for(corpus: str) -> PreTrainedTokenizerFast:
@@ -84,8 +80,7 @@ def main(steps: int) -> None:
         subprocess.run([sys.executable, "-m", "loratool", *words], check=True)
 
     set_seed(0)
-    families = text("plugins/loratool_families/*.py")
-    code = text("loratool/operations/*.py") + families
+    code = CODE + FAMILIES
     tokenizer = tokenizer_for(code)
     sizes = {"vocab_size": len(tokenizer), "n_positions": 128, "n_embd": 128, "n_layer": 2, "n_head": 4}
     sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
@@ -93,14 +88,14 @@ def main(steps: int) -> None:
     train(base, tokenizer, code, Path("pretraining"), steps)
     base.save_pretrained("base")
     tokenizer.save_pretrained("base")
-    batch = torch.tensor([sample["input_ids"] for sample in samples(tokenizer, families)[-16:]])
+    batch = torch.tensor([sample["input_ids"] for sample in samples(tokenizer, FAMILIES)[-16:]])
     before = loss(base.eval(), batch)
 
     # PEFT notes in the adapter where its base is; fan_in_fan_out: the weights of GPT-2's Conv1D layers are (in, out)
     base = GPT2LMHeadModel.from_pretrained("base")
     targets = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
     live = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, bias="none", **targets))
-    train(live, tokenizer, families, Path("out"), steps)
+    train(live, tokenizer, FAMILIES, Path("out"), steps)
     after = loss(live.eval(), batch)
     left = sorted((p.name for p in Path("out").iterdir()), key=lambda name: int(name.partition("-")[2]))
     print(f"loss on families: {before:.2f} by the base, {after:.2f} with the LoRA")
@@ -131,6 +126,8 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--out", type=Path, help="keep the files in this new folder")
     parser.add_argument("--tiny", action="store_true", help="fewer steps, for tests")
     given = parser.parse_args()
+    if given.out and given.out.exists():
+        parser.error(f"{given.out} exists: -o makes a new folder")
     with tempfile.TemporaryDirectory() as temporary:
         out = given.out or Path(temporary, "out")
         out.mkdir(parents=True)

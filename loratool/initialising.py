@@ -26,8 +26,10 @@ from loratool.settings import Running, StrPath
 from loratool.storage import checkpoint
 from loratool.storage.hub_names import is_address
 from loratool.storage.location import name_in_configs
+from loratool.storage.runs import PICKLES
 from loratool.storage.target import check_target
 
+_OF_PEFT = ("olora", "eva", "loraga", "corda", "orthogonal")  # starts that need data, or the model loaded
 _OF_LIKE = "it has modules, ranks and alphas of its own"
 
 
@@ -97,7 +99,9 @@ def init(
 def _check(init: str, preset: str, out: str, residual: str) -> None:
     """Raise UsageError where the arguments cannot be meant together."""
     if init not in INITS:
-        raise UsageError(f"{init!r} is no start that loratool can make", hint=f"--init {', '.join(INITS)}")
+        hint = f"--init {', '.join(INITS)}"
+        hint += f"; PEFT makes {init}: LoraConfig(init_lora_weights=...)" if _plain(init) in _OF_PEFT else ""
+        raise UsageError(f"{init!r} is no start that loratool can make", hint=hint)
     if preset and preset not in PRESETS:
         raise UsageError(f"{preset!r} is no preset", hint=f"--preset {', '.join(PRESETS)}")
     if out.endswith(".safetensors"):
@@ -118,6 +122,10 @@ def _check(init: str, preset: str, out: str, residual: str) -> None:
     if residual and (one == two or one.is_relative_to(two) or two.is_relative_to(one)):
         hint = f"-o {out} --residual {out.rstrip('/')}-base"
         raise UsageError("--residual and -o must be two folders, neither in the other", where=residual, hint=hint)
+
+
+def _plain(init: str) -> str:
+    return init.lower().replace("-", "").replace("_", "")
 
 
 def _check_iterations(init: str, iterations: int) -> None:
@@ -202,6 +210,10 @@ def _with_residual(plan: Plan, less: _Residual, inputs: Sequence[StrPath], runni
     except LoratoolError as problem:
         problem.hint = problem.hint.replace("another -o", "another --residual")
         raise
+    if first.single_file and less.out.suffix != ".safetensors":
+        name = less.out.with_suffix("") if less.out.suffix in PICKLES else less.out
+        what = "of a base that is one file, the residual is a file of safetensors"
+        raise UsageError(what, where=less.out, hint=f"--residual {name}.safetensors")
     plan.preview.totals["residual"] = str(less.out)
     before, replaced = _identity(less.of), _identity(less.out)
     written: list[tuple[int, int] | None] = []

@@ -29,6 +29,14 @@ def test_an_example_keeps_its_claims_at_a_tiny_size(path: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_an_example_writes_to_a_new_folder_only(path: Path, tmp_path: Path):
+    done = subprocess.run([sys.executable, str(path), "-o", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{tmp_path} exists" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_an_example_is_short_and_has_a_page_with_what_it_prints(path: Path):
     assert len(path.read_text().splitlines()) <= 150
     shown = SHOWN.findall((ROOT / f"docs/recipes/{path.stem}.md").read_text())

@@ -21,7 +21,7 @@ Examples:
   loratool arch list -p my_family.py
 """
 PRESETS = ("default", "attention", "mlp", "all-linear")
-TRAINERS = ("peft", "llama-factory", "axolotl", "kohya")
+TRAINERS = ("peft", "llama-factory", "axolotl", "kohya", "sd-scripts")
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 _taking = options.stack(options.plugin, options.token_file, _json)
 _reading = options.stack(options.arch, options.plugin, options.token_file, _json)

@@ -39,12 +39,17 @@ Examples:
 @click.option("--like", default="", metavar="ADAPTER", help="The modules, ranks and alphas of another adapter.")
 @click.option(
     "--init",
-    type=click.Choice(("kaiming", "gaussian", "pissa", "loftq")),
+    metavar="[kaiming|gaussian|pissa|loftq]",
     default="kaiming",
     show_default=True,
     help="What the factors are at first.",
 )
-@click.option("--residual", default="", metavar="DIR", help="pissa, loftq: where to write the base to train on.")
+@click.option(
+    "--residual",
+    default="",
+    metavar="PATH",
+    help="pissa, loftq: where to write the base to train on: DIR, or FILE.safetensors where BASE is one file.",
+)
 @click.option(
     "--loftq-iterations",
     type=int,

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from loratool import strictjson
 from loratool.adapter import Adapter, Finding, Target, Weighted
-from loratool.errors import HubError, MismatchError, StorageError, UsageError
-from loratool.operations.touched import is_base
+from loratool.errors import FormatError, HubError, MismatchError, StorageError, UsageError
+from loratool.operations.touched import folder_of, is_base, is_same
 from loratool.plan import JsonFile, TensorFile
-from loratool.storage import jsonfile, location, safetensors
+from loratool.storage import checkpoint, jsonfile, location, safetensors
 
 MARK = "loratool_residual.json"
 FIELD = "loratool_residual"  # of a file's metadata
@@ -39,7 +39,7 @@ class Residual(NamedTuple):
     start: str
 
     def __str__(self) -> str:
-        return f"the {CHANGING.get(self.init, self.init)} residual of {self.of}"
+        return f"the {CHANGING[self.init]} residual of {self.of}"
 
     @classmethod
     def new(cls, init: str, base: str, adapter: Adapter, out: Path) -> Residual:
@@ -71,17 +71,37 @@ def residual_in(source: str, *, ask: bool = True) -> Residual | None:
         if not Path(source).exists() and not ask:
             return None
         place = location.place(source)
-        file = (place if place.is_dir() else place.parent) / MARK
-        if place.exists() and file.is_file():
-            return _read(jsonfile.read(file))
-        if place.is_file() and place.suffix == ".safetensors":
-            told = safetensors.read_header(place).metadata.get(FIELD)
-            return _read(strictjson.parse(told, place)) if told else None
+        return _marked(place) if place.exists() else None
     return None
 
 
-def _read(told: Mapping[str, Any]) -> Residual:
-    return Residual(*(str(told.get(name) or "")[:200] for name in _FIELDS))
+def _marked(place: Path) -> Residual | None:
+    """Read the file beside a model's weights, or else the header of the one file that these are."""
+    folder = place if place.is_dir() else folder_of(place)
+    if folder and (folder / MARK).is_file():
+        return _read(jsonfile.read(folder / MARK), folder / MARK)
+    file = checkpoint.weights_of(place) if place.is_dir() else place
+    if file is None or file.suffix != ".safetensors":
+        return None
+    told = None
+    with suppress(FormatError):  # it says nothing where it cannot be read; who opens it is told why
+        told = safetensors.read_header(file).metadata.get(FIELD)
+    where = f"{file}, {FIELD} in its metadata"
+    return None if told is None else _read(strictjson.parse(told, where), where)
+
+
+def _read(told: Mapping[str, Any], where: object) -> Residual:
+    """Read a mark; FormatError where a field is missing, empty or not text, or the start is an unknown one."""
+    wrong = [name for name in _FIELDS if not (isinstance(told.get(name), str) and told[name])]
+    wrong = wrong or [name for name in _FIELDS[:1] if told[name] not in CHANGING]
+    if wrong:
+        hint = "restore it from where the residual was made; or take the mark away, if this is no residual of init's"
+        raise FormatError(
+            f"what should say of which base this is the residual has no {wrong[0]!r} that init writes",
+            where=where,
+            hint=hint,
+        )
+    return Residual(*(told[name][:200] for name in _FIELDS))
 
 
 def of_residual(adapter: Adapter, base: str, *, ask: bool = False) -> Adapter:
@@ -92,7 +112,7 @@ def of_residual(adapter: Adapter, base: str, *, ask: bool = False) -> Adapter:
     named = adapter.base_model
     if not named or (adapter.changed_base and not adapter.residual):
         return adapter
-    if base and _is_same(named, base):
+    if base and is_same(named, base):
         return replace(adapter, changed_base="", residual="")
     found = residual_in(named, ask=(ask or bool(base)) and _asks(adapter, base))
     if found is None:
@@ -103,7 +123,7 @@ def of_residual(adapter: Adapter, base: str, *, ask: bool = False) -> Adapter:
         return adapter
     note = Finding("info", "base_model_name_or_path", f"{named} is {found}: the adapter fits that base only")
     findings = (*adapter.findings, note)
-    return replace(adapter, changed_base=found.init or "pissa", residual=named, findings=findings)
+    return replace(adapter, changed_base=found.init, residual=named, findings=findings)
 
 
 def _asks(adapter: Adapter, base: str) -> bool:
@@ -115,14 +135,6 @@ def _start_of(adapter: Adapter) -> str:
     """Return the digest of an adapter's modules and their ranks."""
     ranks = sorted((str(target), [delta.rank for delta in found]) for target, found in adapter.deltas.items())
     return sha256(repr(ranks).encode()).hexdigest()[:16]
-
-
-def _is_same(named: str, given: str) -> bool:
-    """Whether a name in a config means the base that was given: the same folder, or the same repository."""
-    with suppress(OSError):
-        if Path(named).exists() and Path(given).exists():
-            return any(Path(named).samefile(place) for place in (given, Path(given).parent))
-    return location.name_in_configs(named) == location.name_in_configs(given)
 
 
 def refuse_start(base: str, adapter: Adapter) -> None:
@@ -147,8 +159,8 @@ def into_residual(base: str, adapters: Sequence[Weighted]) -> list[Finding]:
     whole = [w for w in adapters if not any(name.startswith("initial ") for name in w.adapter.tensors)]
     named = [w for w in whole if _began(w.adapter, base, found)]
     unknown = [w.adapter for w in whole if _began(w.adapter, base, found) is None]
-    began = [w for w in named if w.adapter.skipped or found.start in ("", _start_of(w.adapter))]
-    told = f"{base} is {found}: it lacks what {found.adapter or 'the new adapter'} starts from"
+    began = [w for w in named if w.adapter.skipped or found.start == _start_of(w.adapter)]
+    told = f"{base} is {found}: it lacks what {found.adapter} starts from"
     if named and not began:  # resized or combined since, or of another start
         what = f"{told}, and this adapter has other modules or ranks"
         hint = "right for what was resized or combined since; wrong for an earlier residual of the same name"
@@ -172,7 +184,7 @@ def into_residual(base: str, adapters: Sequence[Weighted]) -> list[Finding]:
 def _began(adapter: Adapter, base: str, found: Residual) -> bool | None:
     """Whether an adapter was trained on this residual, by the base that it names; None where it cannot be told."""
     named = adapter.base_model
-    if named and _is_same(named, base):
+    if named and is_same(named, base):
         return True
     own = residual_in(named, ask=_asks(adapter, base)) if named else None
     if own is not None or (named and Path(named).exists()):

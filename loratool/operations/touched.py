@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -31,8 +32,9 @@ from loratool.operations.matching import (
 )
 from loratool.operations.meanings import Meanings
 from loratool.operations.rebuilt import Rebuilt
-from loratool.storage.checkpoint import Checkpoint
+from loratool.storage.checkpoint import Checkpoint, weights_of
 from loratool.storage.location import name_in_configs
+from loratool.storage.runs import SHARD
 
 
 class Touched(NamedTuple):
@@ -195,6 +197,25 @@ def _why_missing(target: Target, known: Places, base: Checkpoint, architecture: 
     return f" (it is tied to {tied[0]})" if any(Target(target.component, (p,)) in known for p in tied) else ""
 
 
+def is_same(named: str, given: str) -> bool:
+    """Whether the base that an adapter names is the one that was given: the same folder, weights of it, or repository.
+
+    Another file that lies in the folder is another model.
+    """
+    with suppress(OSError):
+        if Path(named).exists() and Path(given).exists():
+            folder = folder_of(Path(given)) if Path(given).is_file() else None
+            return any(Path(named).samefile(place) for place in (given, folder) if place)
+    return name_in_configs(named) == name_in_configs(given)
+
+
+def folder_of(file: Path) -> Path | None:
+    """Return the folder whose model a weights file, an index or a shard is; None for what only lies beside that."""
+    weights = weights_of(file.parent)
+    is_shard = weights is not None and weights.suffix == ".json" and SHARD.search(file.name)
+    return file.parent if weights is None or weights.name == file.name or is_shard else None
+
+
 def is_base(named: str, given: str) -> bool:
-    """Whether the base that an adapter names can be the one that was given: the same place, or the same last name."""
-    return Path(named).name in (Path(given).resolve().name, Path(name_in_configs(given)).name)
+    """Whether the base that an adapter names can be the one that was given: the same, or of the same last name."""
+    return is_same(named, given) or Path(named).name in (Path(given).resolve().name, Path(name_in_configs(given)).name)

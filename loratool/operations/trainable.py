@@ -8,6 +8,7 @@ from functools import cached_property
 from math import isfinite, prod, sqrt
 
 from loratool.adapter import Adapter, Target
+from loratool.deltas import LowRank
 from loratool.errors import MismatchError, UnsupportedError, UsageError
 from loratool.formats.peft_config import Module as Told
 from loratool.formats.peft_names import WRAPPER
@@ -265,8 +266,9 @@ class _Shapes:
 
 
 def _places(adapter: Adapter) -> dict[tuple[str, str], Target]:
-    """Return the target of each canonical path."""
-    return {(target.component, part): target for target in adapter.deltas for part in target.parts}
+    """Return the target of each canonical path, but for those of which AdaLoRA has left no rank."""
+    left = [t for t, deltas in adapter.deltas.items() if any(d.rank or not isinstance(d, LowRank) for d in deltas)]
+    return {(target.component, part): target for target in left for part in target.parts}
 
 
 def _whole(path: str) -> str:
@@ -295,12 +297,16 @@ def _of_adapter(survey: Survey, adapter: Adapter, where: str) -> list[Module]:
 
 
 def _ranks_of(adapter: Adapter) -> dict[tuple[str, str], tuple[int, float]]:
-    """Return the largest rank that an adapter gives any part of each weight, and its alpha."""
-    deltas = adapter.low_rank("init --like")
+    """Return the largest rank that an adapter gives any part of each weight, and its alpha; of AdaLoRA what is left."""
+    others = sorted({d.kind for deltas in adapter.deltas.values() for d in deltas if not isinstance(d, LowRank)})
+    if others:
+        what = f"--like takes ranks and alphas of LoRA, and this is {', '.join(others)}"
+        hint = "--preset, --target and --rank-for say by hand which modules and ranks"
+        raise UnsupportedError(what, where=adapter.origin.path, hint=hint)
     rslora = _is_rslora(adapter)
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for (component, path), target in _places(adapter).items():
-        delta = max(deltas[target], key=lambda d: d.rank)
+        delta = max((d for d in adapter.deltas[target] if isinstance(d, LowRank)), key=lambda d: d.rank)
         alpha = float(f"{delta.scaling * sqrt(delta.rank):.12g}") if rslora else delta.alpha
         place = component, _whole(path)
         found[place] = max(found.get(place, (0, 0.0)), (delta.rank, alpha))

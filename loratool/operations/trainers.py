@@ -86,3 +86,4 @@ FORMS = {
     "axolotl": Form(axolotl, _yaml),
     "kohya": Form(sd_scripts.arguments, sd_scripts.lines),
 }
+FORMS["sd-scripts"] = FORMS["kohya"]

@@ -267,6 +267,42 @@ def test_it_has_the_shape_of_a_kohya_file(base, model, adapter_folder, tmp_path)
     assert shapes_in(tmp_path / "new") == shapes_in(other)
 
 
+def test_it_has_the_ranks_that_adalora_left(base, model, tmp_path):
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+    live = peft.get_peft_model(model("llama"), config)
+    left = {"layers.0.self_attn.q_proj": 3, "layers.1.self_attn.v_proj": 0}
+    config.rank_pattern = {
+        name.replace(".default", "").removeprefix("base_model.model."): [
+            n < next((r for m, r in left.items() if m in name), 2) for n in range(4)
+        ]
+        for name, _ in live.named_parameters()
+        if "lora_E" in name
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a rank of 0
+        live.save_pretrained(tmp_path / "adalora")
+    loratool.init(base("llama"), tmp_path / "new", like=tmp_path / "adalora")
+    downs = {name.removeprefix("base_model.model.model."): t.shape[0] for name, t in tensors(tmp_path / "new").items()
+             if "lora_A" in name}  # fmt: skip
+    assert downs == {
+        f"layers.{i}.self_attn.{m}.lora_A.weight": left.get(f"layers.{i}.self_attn.{m}", 2)
+        for i, m in [(0, "q_proj"), (0, "v_proj"), (1, "q_proj")]  # nothing is left of the fourth
+    }
+    scalings = of_each(trainable(model("llama"), tmp_path / "new"), "scaling")
+    assert (
+        list(scalings.values()) == [pytest.approx(6 / 4, rel=1e-5)] * 3
+    )  # alpha over the rank that training began with
+
+
+def test_an_adapter_of_another_kind_is_named(base, model, tmp_path):
+    live = peft.get_peft_model(model("llama"), peft.LoHaConfig(r=4, target_modules=["q_proj"]))
+    live.save_pretrained(tmp_path / "loha")
+    with pytest.raises(UnsupportedError, match=r"--like takes ranks and alphas of LoRA, and this is loha") as refusal:
+        loratool.init(base("llama"), tmp_path / "new", like=tmp_path / "loha")
+    assert "--rank-for" in refusal.value.hint
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_adapter_of_other_layers_is_named(base, model, adapter_folder, tmp_path):
     _, other = adapter_folder(model("llama", num_hidden_layers=3), target_modules=["q_proj"])
     with pytest.raises(MismatchError, match=r"the model has no model\.layers\.2\.self_attn\.q_proj"):
@@ -433,8 +469,16 @@ REFUSED = {
     "not of the target": (
         "llama", {"target": ["q_proj"], "alpha_for": {"k_proj": 4}}, MismatchError, "'k_proj' .* these are q_proj"
     ),
-    "another start": ("llama", {"init": "olora"}, UsageError, "'olora' is no start"),
+    "another start": ("llama", {"init": "zeros"}, UsageError, "'zeros' is no start"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("start", ["olora", "eva", "lora-ga", "lora_ga", "corda"])
+def test_a_start_that_peft_makes_is_said_to_be_one(start, base, tmp_path, capfd):
+    assert run_main("init", base("llama"), "-o", tmp_path / "new", "--init", start) == 2
+    assert f"PEFT makes {start}" in capfd.readouterr().err
+    assert run_main("init", tmp_path / "base", "-o", tmp_path / "new", "--init", "zeros") == 2
+    assert "PEFT" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("case", REFUSED)

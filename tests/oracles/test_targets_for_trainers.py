@@ -227,6 +227,7 @@ def test_sd_scripts_train_the_names_of_the_preset_file(
     settings = tomllib.loads(outcome.out)
     found = json.loads(targets(tmp_path / "base", "--preset", preset, "--for", "kohya", "--json").out)
     assert found["preset"] == settings
+    assert targets(tmp_path / "base", "--preset", preset, "--for", "sd-scripts").out == outcome.out
     assert settings["unet_target_module"] == settings["text_encoder_target_module"] == []
     unet, names = in_sd_scripts(kind, pipe)
     texts = [m for n, m in pipelines.models(pipe).items() if n.startswith("text_encoder")]
