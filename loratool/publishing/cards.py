@@ -95,7 +95,7 @@ def _local(path: Path | None, base: str) -> tuple[str, list[Finding]]:
     what = f"the card names a folder of this machine as its base ({fields.get('base_model')})"
     what += f"; on the Hub it says {base}" if base else "; on the Hub it does not"
     hint = "" if base else f"set base_model in {path} to the base's name on the Hub, and push this again"
-    return cardfile.updated(text, {}, "", said=said), [Finding("warning", str(path), what, hint)]
+    return cardfile.updated(text, {}, "", said=said), [Finding("info", str(path), what, hint)]
 
 
 def _licence(cards: Sequence[Mapping[str, Any]], report: Mapping[str, Any], named: object) -> dict[str, object]:
