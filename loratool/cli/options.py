@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,7 +15,7 @@ from loratool.dtypes import OUTPUT_DTYPES
 from loratool.engine import Resources
 from loratool.errors import InputError, UsageError
 from loratool.storage import checkpoint
-from loratool.storage.hub_names import is_address, parse
+from loratool.storage.hub_names import is_address
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -319,16 +320,16 @@ def _publishing(kwargs: dict[str, Any]) -> Any:
 
     words = click.get_current_context().obj or []
     names = ("private", "create_pr", "message", "licence")
-    command = f"loratool {' '.join(map(_less_folders, words))}" if is_address(str(kwargs["out"])) else ""
+    command = f"loratool {shlex.join(map(_less_folders, words))}" if is_address(str(kwargs["out"])) else ""
     return Publishing(**{name: kwargs.pop(name) for name in names}, command=command)
 
 
 def _less_folders(word: str) -> str:
-    """Return a word of the command, a path or a path with a weight as its last name."""
+    """Return a word of the command; a path that is here or can only be one, with a weight or without, less folders."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     source = re.sub(r":[-+.\de]+$", "", value)
-    on_the_hub = is_address(value) or (parse(source) is not None and not checkpoint.exists(source))
-    return option + equals + (value if on_the_hub else Path(value).name or value)
+    is_path = source.startswith(("/", "~", "..")) or checkpoint.exists(source)
+    return option + equals + (Path(value).name if is_path else value)
 
 
 def shown(command: Callable[..., Any]) -> Callable[..., Any]:

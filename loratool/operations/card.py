@@ -18,7 +18,7 @@ from loratool.errors import LoratoolError
 from loratool.operations.cardfile import fields_of, listed, updated
 from loratool.operations.residual import Residual
 from loratool.plan import TextFile
-from loratool.storage.checkpoint import Checkpoint, exists
+from loratool.storage.checkpoint import Checkpoint
 
 _HUB_NAME = re.compile(r"(?!\.)[\w.-]{1,96}/(?!\.)[\w.-]{1,96}(?:@[\w./-]{1,200})?")
 _LICENCE = ("license", "license_name", "license_link")
@@ -148,9 +148,9 @@ def new_licence(name: str) -> dict[str, object]:
 
 
 def is_path(name: str) -> bool:
-    """Whether what a card or a config calls its base can only be a folder of some machine, or is one of this."""
+    """Whether what a card or a config calls its base can only be a folder of some machine."""
     rooted = name.startswith((".", "/", "~", "\\")) or PureWindowsPath(name).drive != ""
-    return rooted or ("://" not in name and name.count("/") > 1) or (name != "" and exists(name))
+    return rooted or ("://" not in name and name.partition("@")[0].count("/") > 1)
 
 
 def without_paths(fields: Mapping[str, Any]) -> dict[str, object]:

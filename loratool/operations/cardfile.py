@@ -16,8 +16,10 @@ from loratool.errors import FormatError
 
 Fields = Mapping[str, object]
 _BEGIN, _END = "<!-- loratool -->", "<!-- /loratool -->"
-_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-_BLOCK = re.compile(re.escape(_BEGIN) + r"(?:\r?\n)?(?P<text>.*?)(?:\r?\n)?" + re.escape(_END), re.DOTALL)
+_FRONT = re.compile(r"(?ms)\A\ufeff?(?:[ \t]*\r?\n)*---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)")
+_BLOCK = re.compile(rf"{_BEGIN}(?:\r?\n)?(?P<text>(?:(?!{_BEGIN}).)*?)(?:\r?\n)?{_END}", re.DOTALL)
+# of odd scalars, too: PyYAML lets what Python says of them through
+_UNREADABLE = (RecursionError, ValueError, KeyError, TypeError, OverflowError, AttributeError)
 _CAP = 1 << 20
 
 
@@ -32,7 +34,7 @@ def fields_of(card: str, where: object = "README.md") -> dict[str, Any]:
         raise FormatError("the card's metadata is over 1 MiB", where=where, hint="shorten the part between the two ---")
     try:
         content = yaml.safe_load(match["yaml"])
-    except (yaml.YAMLError, RecursionError) as problem:
+    except (yaml.YAMLError, *_UNREADABLE) as problem:
         mark = getattr(problem, "problem_mark", None)
         line = f", line {mark.line + 2}" if mark is not None else ""
         what = f"the card's metadata is broken YAML{line}: {getattr(problem, 'problem', None) or 'not readable'}"
@@ -50,7 +52,8 @@ def block_of(card: str) -> str:
 
 def without_block(card: str) -> str:
     """Return a card without loratool's block."""
-    return re.sub(rf"(?:\r?\n)?{_BLOCK.pattern}(?:\r?\n)?", "", card, count=1, flags=re.DOTALL)
+    pattern = rf"(?P<before>(?:\r?\n)?){_BLOCK.pattern}(?P<after>(?:\r?\n)?)"
+    return re.sub(pattern, lambda m: m["before"] and m["after"], card, count=1, flags=re.DOTALL)
 
 
 def updated(
@@ -101,7 +104,7 @@ def _edited(front: str, changes: Fields, newline: str) -> str:
     try:
         if (yaml.safe_load(text) or {}) == expected:
             return text
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         pass
     return str(yaml.safe_dump(expected, sort_keys=False, allow_unicode=True)).replace("\n", newline)
 

@@ -28,11 +28,13 @@ from loratool.operations.pairing import (
     apart,
     choose,
     comparable,
-    fused_height,
+    fused_in,
     hit,
     in_parts,
+    joined_parts,
     of_words,
     pair,
+    shape_in_file,
     shares_ties,
 )
 from loratool.operations.ranks import AUTO, Rule
@@ -221,6 +223,7 @@ def plan(
     tuned, base, half_tied = apart(tuned, base, architecture)
     paired = pair(tuned, base, architecture, allow_resized=rest != "error")
     if split:
+        tuned = replace(tuned, config=tuned.config or base.config)
         paired = paired._replace(matrices=in_parts(paired.matrices, architecture, tuned.config or {}))
     selected = choose(paired.matrices, target, exclude, tuned.path)
     rule.require_patterns_used(selected, tuned.path)
@@ -279,7 +282,7 @@ class _Ending:
         """Write what the units found."""
         report, (architecture, format, _) = self.report, self.out
         changed = [u for u in self.modules if not facts[u.key].get("same")]
-        names = [self.pairs[u.target][0].tensor for u in changed]
+        names = [self.pairs[u.target][0].tensor for u in changed] if format.name == "peft" else None
         saved, left_out = judge(self.remaining, facts, report, self.savable, spooled, extracted=names)
         if not changed:
             report.findings += _nothing_changed(self.adapter.origin.path, allowed=self.allow_noop or bool(saved))
@@ -294,17 +297,19 @@ class _Ending:
             sized = [_sized(u, f, self.pairs, architecture, format) for u, f in zip(changed, found, strict=True)]
             ranks = sizes.fitted(sized, self.rule.budget, lambda r: spelled(r, Report("extract")))
         described = dict(zip((u.key for u in changed), zip(found, ranks, strict=True), strict=True))
-        extracted.describe(report, self.modules, described, left_out)
+        extracted.describe(report, self.modules, described, left_out, self.pairs)
         report.findings += extracted.too_little(found, ranks, self.rule, self.modules, MAX_RANK)
         files = spelled(ranks, report)
         report.totals["file_bytes"] = sizes.size_of(files)
         return Settled(report, files)
 
-    def _spelled(self, new: Mapping[Target, Delta], saved: Deltas, into: Report) -> tuple[OutFile, ...]:
+    def _spelled(self, new: Mapping[Target, LowRank], saved: Deltas, into: Report) -> tuple[OutFile, ...]:
         """Return the files with these factors, or with zeros where nothing changed."""
         architecture, format, options = self.out
+        new = new or {u.target: _nothing(u, u.shape[0]) for u in self.modules}
+        new = joined_parts(new, self.pairs, architecture, self.savable.tuned.config or {})
         padded, into.totals["padded_to"] = sizes.settled(new, self.pad_rank)
-        deltas: Deltas = {t: (d,) for t, d in padded.items()} or {u.target: (_nothing(u),) for u in self.modules}
+        deltas: Deltas = {t: (d,) for t, d in padded.items()}
         deltas |= _unchanged_experts(self.pairs, self.modules, deltas, architecture)
         adapter = replace(self.adapter, deltas=joined_deltas(deltas, saved))
         return spell(adapter, architecture, format, options, into)
@@ -396,17 +401,14 @@ def _lost(ref: TensorRef) -> Finding:
 def _sized(unit: ExtractModule, fact: Facts, pairs: Pairs, architecture: Architecture, format: Format) -> Sized:
     sigma = tuple(fact["sigma"][: fact["rank"]])
     beyond = max(fact["total"] - sum(s * s for s in sigma), 0.0)
-    group = sizes.group_of(unit.target, None, architecture, format.name)
-    shape = (fused_height(unit.target, pairs) or unit.shape[0], *unit.shape[1:])
-    return Sized(unit.target, sigma, cost_of(shape, unit.dtype), beyond, group, relative.weight_of(fact))
+    group = sizes.group_of(fused_in(unit.target), None, architecture, format.name)
+    cost = cost_of(shape_in_file(unit.target, unit.shape, pairs), unit.dtype)
+    return Sized(unit.target, sigma, cost, beyond, group, relative.weight_of(fact))
 
 
-def _nothing(unit: ExtractModule) -> LowRank:
+def _nothing(unit: ExtractModule, out: int) -> LowRank:
     down, up = unit.outs
-    factors = (
-        zeros("", (1, *down.shape[1:]), down.dtype),
-        zeros("", (up.shape[1], 1, *up.shape[2:]), up.dtype),
-    )
+    factors = zeros("", (1, *down.shape[1:]), down.dtype), zeros("", (out, 1, *up.shape[2:]), up.dtype)
     return LowRank(*factors, 1.0)
 
 
@@ -419,9 +421,10 @@ def _unchanged_experts(
         slot = architecture.slot(target.component, target.parts[0])
         return slot.parameter if slot else ""
 
-    units = {stack(unit.target): unit for unit in modules if unit.target in deltas}
-    stacks = {t: stack(t) for t in pairs if t not in deltas}
-    return {t: (_nothing(units[name]),) for t, name in stacks.items() if name and name in units}
+    units = {stack(fused_in(unit.target)): unit for unit in modules if fused_in(unit.target) in deltas}
+    stacks = {t: stack(t) for t in map(fused_in, pairs) if t not in deltas}
+    found = {t: units[name] for t, name in stacks.items() if name and name in units}
+    return {t: (_nothing(unit, shape_in_file(unit.target, unit.shape, pairs)[0]),) for t, unit in found.items()}
 
 
 def _extract_units(chosen: Pairs, rule: Rule, dtype: str, memory: int, quality: str) -> list[ExtractModule]:

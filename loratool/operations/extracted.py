@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from math import prod, sqrt
 from typing import Protocol
 
-from loratool.adapter import Finding
+from loratool.adapter import Finding, Target
 from loratool.errors import UsageError
 from loratool.operations import relative
+from loratool.operations.pairing import Pairs, shape_in_file
 from loratool.operations.ranks import Rule
 from loratool.operations.resize import cost_of, losses, residual_at, shown
 from loratool.plan import Facts, Report
@@ -24,6 +25,10 @@ class Extracted(Protocol):
         """Its name."""
 
     @property
+    def target(self) -> Target:
+        """The module."""
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(out, in, *kernel)."""
 
@@ -37,7 +42,11 @@ class Extracted(Protocol):
 
 
 def describe(
-    report: Report, modules: Sequence[Extracted], changed: Mapping[str, tuple[Facts, int]], left_out: float
+    report: Report,
+    modules: Sequence[Extracted],
+    changed: Mapping[str, tuple[Facts, int]],
+    left_out: float,
+    pairs: Pairs,
 ) -> None:
     """Say in the rows what became of each module, and in the totals of all; `left_out` is the squared change beside."""
     for unit, row in zip(modules, report.rows, strict=True):
@@ -47,7 +56,7 @@ def describe(
         fact, rank = changed[unit.key]
         row.update(rank=rank, norm=sqrt(fact["total"]), **losses(fact["total"], residual_at(fact, rank)))
         row["noise_floor"] = sqrt(fact["noise"] / fact["total"])
-        row["bytes"] = rank * cost_of(unit.shape, unit.dtype)
+        row["bytes"] = rank * cost_of(shape_in_file(unit.target, unit.shape, pairs), unit.dtype)
         row["sigma"] = shown(fact["sigma"])
     rows = [row for unit, row in zip(modules, report.rows, strict=True) if unit.key in changed]
     found = [changed[unit.key] for unit in modules if unit.key in changed]

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 from loratool import dtypes
 from loratool.adapter import Finding, Target
 from loratool.architecture import Architecture
+from loratool.deltas import LowRank
 from loratool.errors import InputError, MismatchError
 from loratool.operations.matching import Place, places, stitched, tied_partner
 from loratool.operations.meanings import Meanings
+from loratool.operations.refinement import in_fused
 from loratool.operations.remainder import Pair
 from loratool.patterns import selects
 from loratool.tensors import TensorRef, TensorSource
@@ -164,13 +166,36 @@ def in_parts(pairs: Pairs, architecture: Architecture, config: Mapping[str, Any]
     return found
 
 
-def fused_height(target: Target, pairs: Pairs) -> int:
-    """Return the output rows of the fused weight that a target is a part of, and is written in; 0 for any other."""
+def fused_in(target: Target) -> Target:
+    """Return the fused weight that a target is a part of, as `in_parts` names it; any other target is itself."""
     weight, _, part = target.parts[0].rpartition("[")
-    if not weight or part[:-1].isdecimal():
-        return 0
-    own = [t for t in pairs if t.component == target.component and t.parts[0].startswith(f"{weight}[")]
-    return sum(pairs[t][0].out for t in own)
+    return Target(target.component, (weight,)) if weight and not part[:-1].isdecimal() else target
+
+
+def shape_in_file(target: Target, shape: tuple[int, ...], pairs: Pairs) -> tuple[int, ...]:
+    """Return the shape (out, in, ...) that the factors of a target have in the file: of a part, that of the whole."""
+    if fused_in(target) == target:
+        return shape
+    return sum(new.out for t, (new, _) in pairs.items() if fused_in(t) == fused_in(target)), *shape[1:]
+
+
+def joined_parts(
+    deltas: Mapping[Target, LowRank], pairs: Pairs, architecture: Architecture, config: Mapping[str, Any]
+) -> dict[Target, LowRank]:
+    """Return deltas with those of the parts of a fused weight as one, of the sum of their ranks."""
+    pieces: dict[Target, dict[str, tuple[LowRank, ...]]] = {}
+    for target, delta in deltas.items():
+        pieces.setdefault(fused_in(target), {})[target.parts[0]] = (delta,)
+    found: dict[Target, LowRank] = {}
+    for whole, parts in pieces.items():
+        if list(parts) == [whole.parts[0]]:
+            found[whole] = deltas[whole]
+            continue
+        any_part = Target(whole.component, (next(iter(parts)),))
+        height = shape_in_file(any_part, (), pairs)[0]
+        layout = architecture.layout(whole.parts[0], whole.component, height, config)
+        (found[whole],) = in_fused(whole, parts, layout)
+    return found
 
 
 def of_words(place: Place) -> bool:

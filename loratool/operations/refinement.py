@@ -136,9 +136,7 @@ def in_whole_modules(
             joined = _in_one_weight(target, pieces, dict(zip(names, rows, strict=True)))
         else:
             assert architecture is not None
-            layout = _layout(target, pieces, architecture, config)
-            joined = _in_one_weight(target, pieces, {name: count(rows) for name, rows in layout.items()})
-            joined = tuple(replace(d, up=_laid_out(d.up, layout)) for d in joined)
+            joined = in_fused(target, pieces, _layout(target, pieces, architecture, config))
         _add(deltas, {target: joined})
     return replace(adapter, deltas=deltas)
 
@@ -146,6 +144,14 @@ def in_whole_modules(
 def _add(deltas: dict[Target, tuple[Delta, ...]], more: Deltas) -> None:
     for target, found in more.items():
         deltas[target] = (*deltas.get(target, ()), *found)
+
+
+def in_fused(
+    target: Target, pieces: Mapping[str, tuple[LowRank, ...]], layout: Mapping[str, Rows]
+) -> tuple[LowRank, ...]:
+    """Return the deltas of a fused weight of which these parts have some: where two meet, of the sum of their ranks."""
+    joined = _in_one_weight(target, pieces, {name: count(rows) for name, rows in layout.items()})
+    return tuple(replace(d, up=_laid_out(d.up, layout)) for d in joined)
 
 
 def _in_one_weight(

@@ -152,11 +152,11 @@ def judge(
     savable: Savable,
     spooled: Spooled,
     *,
-    extracted: Sequence[str],
+    extracted: Sequence[str] | None,
 ) -> Rest:
     """Name in the report what changed; keep of it what is savable: whole, or what was added to it.
 
-    `extracted` are the names of the tensors that get factors.
+    `extracted` are the names of the tensors that get factors, where a config says that all biases beside them are kept.
     """
     tuned, architecture, layers = savable.tuned, savable.architecture, savable.layers
     changed: dict[str, float] = {}
@@ -165,7 +165,7 @@ def judge(
     kept = [name for name in changed if name in savable.tensors]
     if savable.together & {*kept}:
         kept += sorted(savable.together & savable.tensors.keys() - {*kept})
-    claimed = [] if any(u.outs for u in units) else _claimed(kept, savable, extracted)
+    claimed = [] if extracted is None else _claimed(kept, savable, extracted)
     left = [name for name in changed if name not in savable.tensors]
     meanings = Meanings(tuned, architecture)
     lacking = _lacking(meanings, layers)
@@ -190,7 +190,7 @@ def judge(
         what = f"parameters that are no modules, which PEFT passes over when it loads them: {_listed(bare)}"
         report.findings.append(Finding("warning", "--rest save", what, "loratool merge puts them in"))
     if kept:
-        size = sum((added.get(name) or savable.tensors[name]).nbytes for name in kept)
+        size = sum((added.get(name) or savable.tensors[name]).nbytes for name in (*kept, *claimed))
         how = "as differences" if added else "whole"
         what = f"{len(kept)} tensors are in the adapter {how}, not as low-rank deltas ({size:,} bytes): {_listed(kept)}"
         more = f"; and {len(claimed)} biases as they were: a config has one word for all biases" if claimed else ""
@@ -215,14 +215,18 @@ def _is_bare(name: str, paths: Sequence[str]) -> bool:
 def _claimed(kept: Sequence[str], savable: Savable, extracted: Sequence[str]) -> list[str]:
     """Return the unchanged biases that belong into an adapter which has one bias of a layer.
 
-    PEFT's `bias: all` and `lora_only` say that every module's was trained, and `merge` misses those that are not there.
+    PEFT's `bias: lora_only` says that the bias of every module with factors was trained, `all` that every one of the
+    model was: `merge` then misses others of a kind that is there.
     """
-    if not any(name.endswith(".bias") and _is_of_layer(name, savable.layers) for name in kept):
+    trained = {name for name in kept if name.endswith(".bias") and _is_of_layer(name, savable.layers)}
+    if not trained:
         return []
-    kinds = {outline(name) for name in kept}
-    beside = {f"{name.removesuffix('.weight')}.bias" for name in extracted}
-    every = [name for name in savable.tensors if name.endswith(".bias") and name not in kept]
-    return [name for name in every if name in beside or outline(name) in kinds]
+    wanted = {f"{name.removesuffix('.weight')}.bias" for name in extracted}
+    if not trained <= wanted:
+        modules = {name.rpartition(".")[0] for name in kept if not _is_of_layer(name, savable.layers)}
+        kinds = {outline(name) for name in (*kept, *wanted)} | {outline(f"{module}.bias") for module in modules}
+        wanted |= {name for name in savable.tensors if outline(name) in kinds}
+    return [name for name in savable.tensors if name in wanted and name.endswith(".bias") and name not in kept]
 
 
 def _tensors_of(module: str, tuned: TensorSource) -> list[str]:

@@ -78,6 +78,8 @@ def residual_in(source: str, *, ask: bool = True) -> Residual | None:
 def _marked(place: Path) -> Residual | None:
     """Read the file beside a model's weights, or else the header of the one file that these are."""
     folder = place if place.is_dir() else folder_of(place)
+    if folder and (folder.parent / "model_index.json").is_file():
+        folder = folder.parent  # of a pipeline this is a component
     if folder and (folder / MARK).is_file():
         return _read(jsonfile.read(folder / MARK), folder / MARK)
     file = checkpoint.weights_of(place) if place.is_dir() else place

@@ -170,8 +170,8 @@ def _of_auto(rule: Rule, units: Sequence[ResizeModule], rows: Sequence[Mapping[s
         findings.append(Finding("warning", "--rank auto", what, "--energy 0.95 keeps a share of every module"))
     if rule.rank == AUTO and whole:
         what = f"{len(whole)} of {len(units)} modules keep all of their rank, such as {whole[0]['module']}"
-        what += ": their singular values fall without a bend"
-        findings.append(Finding("info", "--rank auto", what, "with --energy 0.99, these are cut as well"))
+        what += ": their spectra have no bend"
+        findings.append(Finding("info", "--rank auto", what, "--rank or --energy cuts these, too"))
     return findings
 
 

@@ -72,8 +72,6 @@ def _on_the_hub(
     staged = folder / re.sub(r"[^\w.-]", "_", last)
     report = engine.execute(plan, staged, resources, force=True, progress=progress)
     report.out = out
-    if plan.single_file:
-        to = to._replace(name=to.name._replace(path=to.name.path.rpartition("/")[0]))
     try:
         sent = _pushed([str(staged)], to, publishing, report)
     except LoratoolError as problem:
@@ -117,7 +115,7 @@ def _pushed(
     from loratool.publishing import cards
 
     files, findings = sending.files_in(paths)
-    if of_run is None:
+    if of_run is None or Path(paths[0]).is_file():
         to, files = sending.as_named(to, files)
     content = cards.opened(sorted(paths, key=lambda path: path.endswith(".json")), plugins)
     report = Report("push", {"path": ", ".join(paths)}, findings=findings)

@@ -66,13 +66,14 @@ def composed(
         fields = _joined(fields, card.inherited(told, *(("base_model",) if same_base else ())))
     base = present.get("base_model") or fields.get("base_model")
     fields = _joined(fields, {"base_model_relation": "adapter" if is_adapter and base else ""})
-    licence = _licence([present, beside, *(sources.values() if is_adapter else ())], report or {}, base)
-    fields = card.with_licence(fields, licence)
+    licence = _licence([present, beside, *([_common(sources)] if is_adapter else [])], report or {}, base)
+    fields = card.with_licence(fields, {} if publishing.licence else licence)
     said = {}
     if publishing.licence and publishing.licence != (present if there else beside).get("license"):
         said = card.new_licence(publishing.licence)
     elif not publishing.licence:
-        findings += _other_licences(licence, sources, path)
+        given = {} if is_adapter else {"base": _card_of(_base_in(report or {}))}
+        findings += _other_licences(licence, {**given, **sources}, path)
     block = _block(cardfile.block_of(local), report, publishing)
     if report is None and block in ("", cardfile.block_of(there)) and replaces_weights(to, files):
         there, local, block = cardfile.without_block(there), cardfile.without_block(local), ""
@@ -101,9 +102,19 @@ def _local(path: Path | None, base: str) -> tuple[str, list[Finding]]:
 def _licence(cards: Sequence[Mapping[str, Any]], report: Mapping[str, Any], named: object) -> dict[str, object]:
     """Return the licence of the first card that says one, or else of the base: as it was given, or as it is named."""
     found = next(filter(None, map(card.licence, cards)), None)
+    return found or card.licence(_card_of(_base_in(report))) or _of_base(named)
+
+
+def _base_in(report: Mapping[str, Any]) -> str:
+    """Return the base that something was made from, as it was given; empty where there was none."""
     sources = report.get("sources")
-    given = sources.get("base") if isinstance(sources, dict) else None
-    return found or (card.licence(_card_of(str(given))) if given else {}) or _of_base(named)
+    return str(sources.get("base") or "") if isinstance(sources, dict) else ""
+
+
+def _common(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, object]:
+    """Return the licence that all sources have, or nothing: one of them cannot speak for the others."""
+    told = [card.licence(fields) for fields in sources.values()]
+    return told[0] if told and all(one == told[0] for one in told) else {}
 
 
 def _other_licences(licence: Mapping[str, object], sources: Mapping[str, Any], path: str) -> list[Finding]:
@@ -121,7 +132,7 @@ def bases_of_here(files: Mapping[str, Path]) -> list[Finding]:
     findings = []
     for name, path in files.items():
         told = jsonfile.read(path).get("base_model_name_or_path") if Path(name).name == "adapter_config.json" else ""
-        if not isinstance(told, str) or not card.is_path(told):
+        if not isinstance(told, str) or not (told and (card.is_path(told) or checkpoint.exists(told))):
             continue
         found = residual_in(told, ask=False)
         what = f"names {told} as its base{f', {found},' if found else ''} which is a folder of this machine"
@@ -202,8 +213,10 @@ def _of_base(named: object) -> dict[str, object]:
 def _card_of(source: str) -> dict[str, Any]:
     """Return the metadata of a source's card; empty where there is none, or it cannot be read."""
     try:
+        place = Path(source)
+        if not source or not (location.is_remote(source) or place.exists()):
+            return {}
         if not location.is_remote(source):
-            place = Path(source)
             return _shown(cardfile.fields_of(_text((place if place.is_dir() else place.parent) / "README.md")), "")
         name = parse(source)
         if name is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", name.repo):
@@ -218,11 +231,13 @@ def _card_of(source: str) -> dict[str, Any]:
 def _shown(fields: dict[str, Any], files: str) -> dict[str, Any]:
     """Return metadata of which another card can show the images: they are at `files`, or they stay behind."""
     widget = fields.get("widget")
-    for one in widget if isinstance(widget, list) else []:
+    if not isinstance(widget, list):
+        return fields
+    for one in widget:
         output = one.get("output") if isinstance(one, dict) else None
         url = output.get("url") if isinstance(output, dict) else None
         if isinstance(output, dict) and isinstance(url, str) and "://" not in url:
             output["url"] = files + quote(url.removeprefix("./"))
             if not files:
                 del one["output"]
-    return fields
+    return {**fields, "widget": [one for one in widget if one]}

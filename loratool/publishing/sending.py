@@ -71,7 +71,11 @@ def target(repo: str, publishing: Publishing) -> Target:
     if not (publishing.dry_run or hub.has_token()):
         raise HubError("without a token nothing can be sent", where=name, hint=hub.LOGIN)
     try:
-        return Target(name, hub.listing(name, writing=True))
+        listing = hub.listing(name, writing=True)
+        if publishing.private and listing.private is False:
+            hint = f"leave it out; {hub.shown_endpoint()}/{name.repo}/settings makes it private"
+            raise HubError("--private is for a new repository: this one is there, and public", where=name, hint=hint)
+        return Target(name, listing)
     except HubError as problem:
         if problem.missing != "repository" or not hub.has_token():
             raise
@@ -123,6 +127,9 @@ def as_named(to: Target, files: dict[str, Path]) -> tuple[Target, dict[str, Path
         return to, files
     if len(files) != 1:
         raise UsageError("this is the address of one file", where=to.name, hint=f"hf://{to.name.repo}/FOLDER")
+    only = next(iter(files))
+    if Path(only).suffix != Path(name).suffix:
+        raise UsageError(f"{only} would be called {name}, which is another format", where=to.name, hint="convert it")
     return to._replace(name=to.name._replace(path=folder)), dict(zip([name], files.values(), strict=True))
 
 
@@ -147,11 +154,6 @@ def send(
     stale = [n for n in to.files if n.endswith(_WEIGHTS) and n.startswith(start) and n not in placed]
     if stale:
         report.findings.append(Finding("info", str(to.name), f"stays on the Hub as it is: {', '.join(stale[:8])}"))
-    if publishing.private and to.listing and to.listing.private is False:
-        hint = f"{hub.shown_endpoint()}/{to.name.repo}/settings changes that"
-        report.findings.append(
-            Finding("warning", str(to.name), "--private is for a new repository: this one is there, and public", hint)
-        )
     if publishing.dry_run:
         report.dry_run = True
     elif not changed and to.listing:
@@ -227,7 +229,7 @@ def _committed(to: Target, changed: Mapping[str, Path | bytes], publishing: Publ
             done = api.create_commit(
                 name.repo,
                 operations,
-                commit_message=publishing.message or f"Upload with loratool {verb}",
+                commit_message=hub.without_tokens(publishing.message) or f"Upload with loratool {verb}",
                 revision=name.revision or None,
                 parent_commit=parent,
                 create_pr=publishing.create_pr,

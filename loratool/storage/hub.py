@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _SMALL = 1 << 20  # bytes of a config
+_TOKEN = 8  # characters: what is shorter is no token, and may be a word of a card
 _RETRIES = 2  # of a question; huggingface_hub has its own number for what it sends
 LOGIN = "log in: HF_TOKEN, hf auth login, or --token-file FILE"
 _AGAIN = "run it again: what has arrived is not sent again"
@@ -383,6 +384,7 @@ def without_tokens(text: str) -> str:
     """Return a text with stars for the token in it."""
     from huggingface_hub import get_token
 
-    for secret in {token(), get_token()} - {None, ""}:
-        text = text.replace(str(secret), "***")
+    for secret in {token(), get_token()} - {None}:
+        if len(str(secret)) >= _TOKEN:
+            text = text.replace(str(secret), "***")
     return text

@@ -29,7 +29,8 @@ class HubName(NamedTuple):
     def __str__(self) -> str:
         if not self.path:
             return f"{self.repo}@{self.revision}" if self.revision else self.repo
-        revision = self.revision if self.revision.startswith("refs/") else quote(self.revision, safe="")
+        plain = self.revision.startswith(("refs/pr/", "refs/convert/"))
+        revision = self.revision if plain else quote(self.revision, safe="")
         return f"hf://{self.repo}{f'@{revision}' if revision else ''}/{self.path}"
 
     @property

@@ -127,7 +127,7 @@ def named(source: str) -> Iterator[None]:
         if isinstance(problem, StorageError) and not (found.offline or _holds_weights(found.place)):
             held = ", ".join(sorted(p.name for p in found.place.iterdir())[:6])
             hint = f"it holds {held}: is it the right {_WHICH}?"
-            raise HubError("there are no weights in it", where=found.called, hint=hint) from None
+            raise HubError("there are no weights in it that loratool reads", where=found.called, hint=hint) from None
         if not found.offline or isinstance(problem, HubError):
             raise
         what = f"the copy in the cache is not complete: {problem.what}"

@@ -10,7 +10,6 @@ held against a SHA-256 where only parts of a file are read.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
@@ -59,6 +58,8 @@ class Ranges:
                 one.result()
         except BaseException:
             left.set()
+            for one in asked:
+                one.cancel()
             wait(asked)  # none writes into a view that its owner has back
             raise
 
@@ -104,7 +105,7 @@ class Ranges:
                 if over or failures:
                     self._forget(address)
                 if failures:
-                    time.sleep(min(2.0**failures / 4, 30))
+                    _pause(left, min(2.0**failures / 4, 30))
 
     def _answer(self, address: str, start: int, stop: int) -> Iterator[bytes]:
         """Ask for a range, and yield what arrives of it."""
@@ -155,6 +156,10 @@ def _workers() -> ThreadPoolExecutor:
         if not _pool:
             _pool.append(ThreadPoolExecutor(_AT_ONCE, "loratool-hub"))
         return _pool[0]
+
+
+def _pause(left: threading.Event, seconds: float) -> None:
+    left.wait(seconds)
 
 
 def bar(title: str, nbytes: int) -> Any:

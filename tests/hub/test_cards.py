@@ -12,6 +12,7 @@ from tiny_files import run_main, snapshot, write_adapter, write_base
 
 import loratool
 from loratool import Publishing
+from loratool.errors import FormatError
 from loratool.operations import cardfile
 from loratool.testing.hub import TOKEN, Hub
 
@@ -118,13 +119,42 @@ def test_the_name_of_a_licence_comes_from_the_card_that_says_the_licence(hub: Hu
     hub.create("me/two", {**snapshot(adapter), "README.md": "---\nlicense: other\nlicense_name: x\n---\n"})
     report = loratool.combine(["me/one", "me/two"], "hf://me/sum", method="cat")
     told = metadata(card_of(hub, "me/sum"))
-    assert told["license"] == "mit"
+    assert "license" not in told  # neither speaks for the other
     assert "license_name" not in told
-    assert any(f.level == "warning" and "adapter 2: x" in f.what for f in report.findings)
+    assert any(f.level == "warning" and "adapter 1: mit, adapter 2: x" in f.what for f in report.findings)
+    hub.create("me/three", {**snapshot(adapter), "README.md": "---\nlicense: mit\n---\n"})
+    loratool.combine(["me/one", "me/three"], "hf://me/same", method="cat")
+    assert metadata(card_of(hub, "me/same"))["license"] == "mit"
     hub.create("me/mine", {"README.md": "---\nlicense: bsd\n---\n"})
     (adapter / "README.md").write_text("---\nlicense: other\nlicense_name: x\n---\n")
     loratool.push(adapter, to="me/mine")
     assert "license_name" not in metadata(card_of(hub, "me/mine"))
+
+
+def test_another_licence_replaces_name_and_link_too(hub: Hub, base, adapter):
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: x\nlicense_link: https://x\n---\n")
+    publish = Publishing(licence="mit")
+    loratool.merge(base, [adapter], "hf://me/merged", publish=publish)
+    told = metadata(card_of(hub, "me/merged"))
+    assert told["license"] == "mit"
+    assert not {"license_name", "license_link"} & told.keys()
+
+
+def test_a_stray_mark_and_the_lines_around_the_block_are_the_users(hub: Hub, adapter):
+    text = "# A\n<!-- loratool -->\nMY TEXT\n"
+    once = cardfile.updated(text, {}, "first")
+    again = cardfile.updated(once, {}, "second")
+    assert "MY TEXT" in again
+    assert "second" in again
+    assert "first" not in again
+    assert cardfile.without_block("# Title\n<!-- loratool -->\nx\n<!-- /loratool -->\nnotes\n") == "# Title\nnotes\n"
+
+
+def test_metadata_after_an_empty_line_and_odd_scalars(hub: Hub):
+    assert cardfile.fields_of("\n---\nlicense: mit\n---\n") == {"license": "mit"}
+    for odd in ("date: 2024-13-45", "a: !!int abc", "a: !!bool x"):
+        with pytest.raises(FormatError, match="broken YAML"):
+            cardfile.fields_of(f"---\n{odd}\n---\n")
 
 
 # -- what stays on this machine ---------------------------------------------------------------------------------

@@ -29,12 +29,13 @@ def file(adapter, tmp_path):
 def test_private_does_not_hide_what_everybody_sees(hub: Hub, adapter, dry_run):
     hub.create("me/open")
     hub.create("me/hidden", private=True)
-    for repo, told in (("me/open", True), ("me/hidden", False), ("me/new", False)):
-        report = loratool.push(adapter, to=repo, publish=Publishing(private=True, dry_run=dry_run))
-        assert any(f.level == "warning" and "public" in f.what for f in report.findings) is told, repo
-        report = loratool.push(adapter, to=repo, publish=Publishing(dry_run=dry_run))
-        assert not any("public" in f.what for f in report.findings)
-    assert not hub.repos["me/open"].private
+    before = hub.head("me/open")
+    with pytest.raises(HubError, match="and public"):
+        loratool.push(adapter, to="me/open", publish=Publishing(private=True, dry_run=dry_run))
+    assert hub.head("me/open") == before
+    for repo in ("me/hidden", "me/new"):
+        loratool.push(adapter, to=repo, publish=Publishing(private=True, dry_run=dry_run))
+    assert dry_run or hub.repos["me/new"].private
 
 
 @pytest.mark.parametrize("path", ["x.safetensors", "sub/x.safetensors"])

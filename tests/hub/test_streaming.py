@@ -44,7 +44,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(ranges, "_BLOCK", 700)
     monkeypatch.setattr(ranges, "_PIECE", 500)
     monkeypatch.setattr(ranges, "WINDOW", 3000)
-    monkeypatch.setattr(ranges.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(ranges, "_pause", lambda left, seconds: None)
 
 
 @pytest.fixture

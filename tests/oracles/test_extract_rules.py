@@ -78,6 +78,26 @@ def test_one_changed_bias_is_merged_back_too(kind, saved, tiny, run_model, tmp_p
     assert not [f for f in report.findings if "missing" in f.what]
 
 
+SOME = {
+    "two matrices and a bias beside one": ("0.attention.self.query", "0.attention.self.value.weight"),
+    "a bias elsewhere": ("0.attention.self.query.weight", "0.output.dense.bias"),
+    "a norm's weight": ("0.attention.self.query", "0.attention.output.LayerNorm.weight"),
+    "the pooler's bias": ("0.attention.self.query.weight", "pooler.dense.bias"),
+}
+
+
+@pytest.mark.parametrize("which", SOME)
+def test_some_biases_of_some_layers_are_merged_back(which, saved, tiny, run_model, tmp_path):
+    _, base = saved("bert")
+    tuned, folder = shifted(tiny("bert"), tmp_path / "tuned", lambda name: any(part in name for part in SOME[which]))
+    loratool.extract(folder, base, tmp_path / "adapter", rank=3, rest="save")
+    loratool.merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    merged = type(tuned).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(run_model("bert", merged), run_model("bert", tuned), rtol=1e-3, atol=1e-4)
+    live = load_in_peft(tiny("bert"), tmp_path / "adapter")
+    torch.testing.assert_close(run_model("bert", live), run_model("bert", tuned), rtol=1e-3, atol=1e-4)
+
+
 def test_parameters_that_are_no_modules_are_saved_alone_and_warned_of(tmp_path):
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -404,11 +424,58 @@ def test_the_parts_of_a_fused_weight_each_get_a_delta(kind, saved, tiny, run_mod
     live = load_in_peft(make(), tmp_path / "out")
     model = type(make()).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(run_model("gpt2", live), run_model("gpt2", model), rtol=1e-4, atol=1e-5)
+    factors = load_file(tmp_path / "out/adapter_model.safetensors").values()
+    assert report.totals["bytes"] == sum(f.numel() * f.element_size() for f in factors)
     report = loratool.extract(
         tmp_path / "tuned", tmp_path / "base", tmp_path / "small", budget=24_000, split=True, target=name
     )
     files = [p for p in (tmp_path / "small").iterdir() if p.name != "loratool.report.json"]
     assert 0.7 * 24_000 < sum(p.stat().st_size for p in files) <= 24_000
+
+
+@pytest.mark.parametrize("given", ["folders", "a file of its own", "padded"])
+def test_one_part_of_a_fused_weight_may_be_all_that_changed(given, tmp_path):
+    """The others get zeros: k and v have other heights than q, and only the config beside a model knows them."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}  # fmt: skip
+    model = Phi3ForCausalLM(Phi3Config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        weight = model.model.layers[1].self_attn.qkv_proj.weight
+        weight[:32] += 0.1 * torch.randn(32, 2) @ torch.randn(2, 32)
+    model.save_pretrained(tmp_path / "tuned")
+    tuned = tmp_path / "tuned"
+    if given == "a file of its own":
+        tuned = tmp_path / "alone.safetensors"
+        (tmp_path / "tuned/model.safetensors").rename(tuned)
+    options = {"pad_rank": 8} if given == "padded" else {}
+    loratool.extract(tuned, tmp_path / "base", tmp_path / "out", rank=2, split=True, arch="phi3", **options)
+    loratool.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+    wanted = load_file(tuned if given == "a file of its own" else tuned / "model.safetensors")
+    for name, value in load_file(tmp_path / "merged/model.safetensors").items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+    ranks = {f.shape[0] for n, f in load_file(tmp_path / "out/adapter_model.safetensors").items() if "lora_A" in n}
+    assert ranks == ({8} if given == "padded" else {2})
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_one_changed_expert_of_a_fused_stack_comes_back(split, tmp_path):
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "pad_token_id": 0}  # fmt: skip
+    model = GptOssForCausalLM(GptOssConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.gate_up_proj[1] += 0.1 * torch.randn(32, 2) @ torch.randn(2, 96)
+    model.save_pretrained(tmp_path / "tuned")
+    loratool.extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=2, split=split)
+    loratool.merge(tmp_path / "base", tmp_path / "out", tmp_path / "merged")
+    wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "merged"))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_budget_over_stacked_experts_counts_what_is_written(tmp_path):
