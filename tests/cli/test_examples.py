@@ -80,7 +80,7 @@ def world(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_kohya(tmp_path / "style.safetensors", 2)
     (tmp_path / "my_family.py").write_text(PLUGIN)
     files = {p.name: p.read_bytes() for p in (tmp_path / "my-adapter").iterdir()}
-    hub.create("org/my-adapter", files)
+    hub.create("org/my-adapter", files, private=True)
     hub.commit("org/my-adapter", {f"folder/{name}": data for name, data in files.items()}, "v1")
     monkeypatch.chdir(tmp_path)
     return tmp_path

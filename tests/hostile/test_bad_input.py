@@ -695,7 +695,10 @@ def forget_plugins() -> Any:
 
 @pytest.mark.usefixtures("forget_plugins")
 @pytest.mark.parametrize("source", BROKEN_PLUGINS.values(), ids=BROKEN_PLUGINS.keys())
-def test_a_plugin_file_that_fails_is_named(tmp_path: Path, base: str, refused: Refused, source: str) -> None:
+def test_a_plugin_file_that_fails_is_named(
+    tmp_path: Path, base: str, refused: Refused, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # what Python keeps beside a file is not ours
     (tmp_path / "mine.py").write_text(source)
     write_adapter(tmp_path / "adapter")
     refused(PLUGIN, *VERBS["merge"], "-p", "mine.py", says=("mine.py",), hint=False)
