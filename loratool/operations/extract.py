@@ -28,7 +28,6 @@ from loratool.operations.pairing import (
     apart,
     choose,
     comparable,
-    fused_in,
     hit,
     in_parts,
     joined_parts,
@@ -39,6 +38,7 @@ from loratool.operations.pairing import (
 )
 from loratool.operations.ranks import AUTO, Rule
 from loratool.operations.recompress import emit_factors, factor_outs, settled_factors
+from loratool.operations.refinement import fused_in
 from loratool.operations.remainder import TILE, CompareRest, Savable, judge, rest_units, same_bytes
 from loratool.operations.resize import cost_of, joined_deltas
 from loratool.operations.sizes import Sized

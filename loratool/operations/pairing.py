@@ -13,7 +13,7 @@ from loratool.deltas import LowRank
 from loratool.errors import InputError, MismatchError
 from loratool.operations.matching import Place, places, stitched, tied_partner
 from loratool.operations.meanings import Meanings
-from loratool.operations.refinement import in_fused
+from loratool.operations.refinement import fused_in, in_fused
 from loratool.operations.remainder import Pair
 from loratool.patterns import selects
 from loratool.tensors import TensorRef, TensorSource
@@ -164,12 +164,6 @@ def in_parts(pairs: Pairs, architecture: Architecture, config: Mapping[str, Any]
         if not parts:
             found[target] = new, old
     return found
-
-
-def fused_in(target: Target) -> Target:
-    """Return the fused weight that a target is a part of, as `in_parts` names it; any other target is itself."""
-    weight, _, part = target.parts[0].rpartition("[")
-    return Target(target.component, (weight,)) if weight and not part[:-1].isdecimal() else target
 
 
 def shape_in_file(target: Target, shape: tuple[int, ...], pairs: Pairs) -> tuple[int, ...]:

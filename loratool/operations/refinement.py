@@ -118,11 +118,10 @@ def in_whole_modules(
     parts: dict[Target, dict[str, tuple[LowRank, ...]]] = {}
     wholes = {(t.component, part): t for t in whole for part in t.parts}
     for target, found in adapter.deltas.items():
-        weight, _, part = target.parts[0].rpartition("[")
         plain = tuple(d for d in found if isinstance(d, LowRank) and d.mid is None)
         fused = wholes.get((target.component, target.parts[0]))
-        if fused is None and weight and not part[:-1].isdecimal() and architecture is not None:
-            fused = Target(target.component, (weight,))
+        if fused is None and architecture is not None and fused_in(target) != target:
+            fused = fused_in(target)
         if len(target.parts) > 1:
             _add(deltas, {target: found} if target in whole else by_parts(target, found))
         elif fused and plain == found:
@@ -144,6 +143,12 @@ def in_whole_modules(
 def _add(deltas: dict[Target, tuple[Delta, ...]], more: Deltas) -> None:
     for target, found in more.items():
         deltas[target] = (*deltas.get(target, ()), *found)
+
+
+def fused_in(target: Target) -> Target:
+    """Return the fused weight that a target is a part of; any other target is itself."""
+    weight, _, part = target.parts[0].rpartition("[")
+    return Target(target.component, (weight,)) if weight and not part[:-1].isdecimal() else target
 
 
 def in_fused(
